@@ -18,13 +18,12 @@ import ctypes.util
 import dataclasses
 import difflib
 import fcntl
+import importlib
 import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -1803,7 +1802,7 @@ class Stop:
 
 def due(every: int, step: int, stride: int) -> bool:
     """Whether the last iteration of `stride` decisions, ending at `step`, reached or passed a multiple of `every`."""
-    return every > 0 and step // every > (step - stride) // every
+    return every > 0 and step > 0 and step // every > (step - stride) // every
 
 
 def updates_due(args: Args, step: int) -> int:
@@ -1950,7 +1949,7 @@ def train(t: Training, p: Progress, envs: Envs, eval_envs: Optional[Envs], log: 
                 if eval_envs and (due(args.eval_freq, p.global_step, E) or p.global_step == 0 or last):
                     with watch("evaluation", exclude=True):
                         run_evaluation(t, p, eval_envs, log, stop, directory)
-                if p.global_step and (due(args.log_freq, p.global_step, E) or (last and args.log_freq)):
+                if due(args.log_freq, p.global_step, E) or (last and args.log_freq):
                     log_interval(t, p, log, watch, bar)
                 p.events_done = True
                 if due(args.checkpoint_freq, p.global_step, E) or last:
@@ -2109,6 +2108,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def cli() -> int:
     """main, with failures as one line and an exit code."""
+    warnings.filterwarnings("ignore", message=".*torch.jit.script_method.*")  # torch's own, at every start of its compiler
     try:
         return main()
     except Failure as e:
