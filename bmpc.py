@@ -35,7 +35,7 @@ import zlib
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal, NamedTuple, Optional
+from typing import Annotated, Callable, Literal, NamedTuple, Optional
 
 import gymnasium as gym
 import numpy as np
@@ -1185,15 +1185,17 @@ def compiled(args: Args, device: torch.device) -> Functions:
     """The functions compiled, each to one graph per set of shapes; eager ones where nothing can be compiled."""
     if not args.compile:
         return Functions()
-    torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
     options = {"triton.cudagraphs": args.cudagraphs and device.type == "cuda"}
     make = lambda function: torch.compile(function, fullgraph=True, dynamic=False, options=options)
     try:
-        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, once, while its compiler is imported
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as e:
-        print(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", file=sys.stderr)
+        warn(f"no working compiler, going on in eager mode ({type(e).__name__})")
         return Functions()
 
+    torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
     functions = Functions(*map(make, Functions()))
     if not options["triton.cudagraphs"]:
         return functions
@@ -1202,7 +1204,11 @@ def compiled(args: Args, device: torch.device) -> Functions:
         torch.compiler.cudagraph_mark_step_begin()
         return Plan(*(x.clone() for x in functions.plan(*args, **kwargs)))
 
-    return functions._replace(plan=captured_plan)
+    def captured_loss(*args, **kwargs):  # what an update's graphs return lives until the next update begins
+        torch.compiler.cudagraph_mark_step_begin()
+        return functions.world_model_loss(*args, **kwargs)
+
+    return functions._replace(plan=captured_plan, world_model_loss=captured_loss)
 
 
 @torch.no_grad()
@@ -1234,7 +1240,6 @@ def update(
     functions: Functions, model: WorldModel, optimizers, batch: Batch, draws: UpdateDraws, args: Args, pretraining: bool
 ) -> dict:
     """One update of the world model, the policy (unless pretraining) and the target value heads. Returns metrics."""
-    torch.compiler.cudagraph_mark_step_begin()  # the outputs of this update's graphs live until the next one's
     loss, z, metrics = functions.world_model_loss(model, batch, draws, args)
     grads, policy_grads, scale = torch.autograd.grad(loss, optimizers[0].params), None, None
     if not pretraining:
@@ -1437,9 +1442,9 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str, exclude: bool = False):
-        graphs, begin, start = torch._dynamo.utils.counters["stats"]["unique_graphs"], self.mark(), time.perf_counter()
+        graphs, begin, start = graphs_compiled(), self.mark(), time.perf_counter()
         yield
-        new = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+        new = graphs_compiled() - graphs
         if new and not exclude:
             say(f"{part}: compiled {new} graph{'s' * (new > 1)} in {time.perf_counter() - start:.1f} s")
         if new or exclude:
@@ -1457,6 +1462,11 @@ class Stopwatch:
             values[f"time/{part}"] = total / decisions
         self.restart(step)
         return values
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 def say(message: str):
@@ -2108,7 +2118,6 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def cli() -> int:
     """main, with failures as one line and an exit code."""
-    warnings.filterwarnings("ignore", message=".*torch.jit.script_method.*")  # torch's own, at every start of its compiler
     try:
         return main()
     except Failure as e:
