@@ -260,8 +260,8 @@ FREE_ARGS = set(
     "checkpoint_freq resume evaluate total_timesteps compile cudagraphs matmul_precision".split()
 )
 SHAPING_ARGS = set(
-    "exp_name run_name seed env_id num_envs action_repeat episodic learning_starts utd_ratio buffer_size enc_dim mlp_dim "
-    "latent_dim num_enc_layers simnorm_dim num_q num_bins vmin vmax horizon td_target_use_ema_policy "
+    "exp_name run_name seed env_id num_envs action_repeat episodic learning_starts utd_ratio buffer_size model_size enc_dim "
+    "mlp_dim latent_dim num_enc_layers simnorm_dim num_q num_bins vmin vmax horizon td_target_use_ema_policy "
     "policy_trust_region_coef".split()
 )
 
@@ -295,7 +295,7 @@ def resolve_env_id(task: str) -> str:
 
     `module:Id-v0` imports the module that registers the id first, as in gymnasium.make.
     """
-    module, _, task = task.rpartition(":")
+    module, colon, task = task.rpartition(":")
     if module:
         try:
             importlib.import_module(module)
@@ -309,7 +309,7 @@ def resolve_env_id(task: str) -> str:
         except ImportError as e:
             raise Failure(f"dm_control cannot be imported ({e}); known to work together: {KNOWN_GOOD}") from e
     if task in gym.registry:
-        return task
+        return module + colon + task  # gymnasium imports the module again where there is need
     domain, _, name = task.removeprefix("dm_control/").removesuffix("-v0").partition("-")
     domain = {"cup": "ball_in_cup", "pointmass": "point_mass"}.get(domain, domain)
     env_id = f"dm_control/{domain}-{name.replace('-', '_')}-v0"
@@ -321,7 +321,8 @@ def resolve_env_id(task: str) -> str:
 
 
 def short_name(env_id: str) -> str:
-    """`dog-run` for `dm_control/dog-run-v0`; other ids as they stand, slashes as underscores."""
+    """`dog-run` for `dm_control/dog-run-v0`; other ids without their module, slashes as underscores."""
+    env_id = env_id.rpartition(":")[2]
     if env_id.startswith("dm_control/"):
         env_id = env_id.removeprefix("dm_control/").removesuffix("-v0")
     return env_id.replace("/", "_")
@@ -366,7 +367,8 @@ class Worker(gym.Wrapper):
             obs, reward, terminated, truncated, _ = self.env.step(action)
             seen = digest(obs, reward, seen)
             if terminated or truncated:
-                seen = -1  # an unfinished episode does not end
+                seen = -1  # an unfinished episode does not end: this one is another
+                break
         self.video, self.frames = options.get("video", "") if self.render_mode else "", []
         self.film()
         return obs, {"digest": seen}
@@ -459,8 +461,13 @@ class Envs:
 
     def __init__(self, env_id: str, action_repeat: int, num_envs: int, film: bool = False):
         fns = [lambda i=i: make_env(env_id, action_repeat, i, render=film and i == 0) for i in range(num_envs)]
-        self.num_envs = num_envs
-        self.vector = AsyncVectorEnv(fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
+        self.num_envs, older = num_envs, multiprocessing.active_children()
+        try:
+            self.vector = AsyncVectorEnv(fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
+        except Exception as e:  # a worker could not make its environment; the others wait for ever
+            for process in set(multiprocessing.active_children()) - set(older):
+                process.kill()
+            raise Failure(f"{env_id} cannot be made in a process of its own: {type(e).__name__}: {e}", code=1) from e
 
     def reset(self, mask: np.ndarray, seeds: list[int], **options) -> tuple[np.ndarray, np.ndarray]:
         """Begins episodes where `mask` says so. Returns obs (E, O) and the digests (E,) of those that began."""
@@ -786,10 +793,16 @@ class ReplayBuffer:
         return state | {name: getattr(self, name).to("cpu", copy=True) for name in self.COUNTERS}
 
     def load_state_dict(self, state: dict[str, Tensor]):
-        """Restores a state into a ring of the same or, unless the old one had wrapped, of a larger capacity."""
+        """Restores a state into a ring of the same or a larger capacity."""
+        used, env = state["obs"].shape[1], torch.arange(self.num_envs)[:, None]
+        if used > self.capacity:
+            raise Failure(f"the checkpoint's {used} rows an environment are more than the {self.capacity} of these arguments")
         for name in self.ROWS:
-            mine = getattr(self, name).unflatten(0, (self.num_envs, -1))
-            mine[:, : state[name].shape[1]] = state[name].to(mine.device)
+            entered = state["tail"] if name == "window" else state["row"] + 1  # what stands in the old ring, by its number
+            number = (entered - used).clamp(min=0)[:, None] + torch.arange(used)  # (E, used)
+            place = (self.base.cpu()[:, None] + number % self.capacity).flatten()
+            mine = getattr(self, name)
+            mine[place.to(mine.device)] = state[name][env, number % used].flatten(0, 1).to(mine.device)
         for name in self.COUNTERS:
             setattr(self, name, state[name].to(self.base.device))
 
@@ -866,6 +879,29 @@ def score(rewards: Tensor, values: Tensor) -> Tensor:
     return returns.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
 
 
+@torch.compiler.nested_compile_region  # compiled once, not once per iteration
+def refine(model: WorldModel, z: Tensor, mean: Tensor, std: Tensor, proposals, proposal_scores, noise: Tensor, args: Args):
+    """One iteration of MPPI: z (S, L), mean and std (S, T, A), proposals (S, P, T, A) and their scores, noise (S, N-P, T, A).
+
+    Returns the new mean and std, the elites (S, num_elites, T, A), best first, their scores and weights (S, num_elites).
+    """
+    # Sample action sequences and score them
+    samples = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # (S, N-P, T, A)
+    scores = torch.cat([proposal_scores, score(*estimate_return(model, z, samples, args))], 1)  # (S, N)
+    actions = torch.cat([proposals, samples], 1)  # (S, N, T, A)
+
+    # Elites and their weights
+    elite_scores, elite = scores.topk(args.num_elites, dim=1)
+    elites = actions.gather(1, elite[:, :, None, None].expand(-1, -1, *actions.shape[2:]))
+    weights = torch.softmax(args.temperature * (elite_scores - elite_scores[:, :1]), 1)
+
+    # Mean and std of the weighted elites
+    w = weights[:, :, None, None]
+    mean = (w * elites).sum(1)
+    std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(args.min_std, args.max_std)
+    return mean, std, elites, elite_scores, weights
+
+
 @torch.no_grad()
 def plan(
     model: WorldModel,
@@ -874,16 +910,14 @@ def plan(
     mean: Tensor,
     draws: PlanDraws,
     args: Args,
-    low: Optional[float] = None,
-    high: Optional[float] = None,
+    low: float,
+    high: float,
 ) -> Plan:
     """Plans for S states at once (BMPC, section 3.1; MPPI as in TD-MPC2, section 3.2).
 
-    z (S, L); mean (S, T, A): the previous plan's, shifted, or zero; low, high: the policy's range of log std if not its own.
-    One function serves acting, evaluating and reanalyzing, so that one compiled graph does.
+    z (S, L); mean (S, T, A): the previous plan's, shifted, or zero; low, high: the policy's range of log std. The same
+    function acts, evaluates and reanalyzes, so one compiled graph does.
     """
-    low = args.log_std_min if low is None else low
-    high = args.log_std_max if high is None else high
     S, P, T, A = draws.proposals.shape
 
     # Policy proposals: candidates of every iteration, scored once
@@ -891,21 +925,8 @@ def plan(
     proposal_scores = score(*estimate_return(model, z, proposals, args))
 
     std = torch.full((S, T, A), args.max_std, device=z.device, dtype=z.dtype)
-    for i in range(draws.samples.shape[1]):
-        # Sample action sequences and score them
-        samples = (mean[:, None] + std[:, None] * draws.samples[:, i]).clamp(-1, 1)  # (S, N-P, T, A)
-        scores = torch.cat([proposal_scores, score(*estimate_return(model, z, samples, args))], 1)  # (S, N)
-        actions = torch.cat([proposals, samples], 1)  # (S, N, T, A)
-
-        # Elites and their weights
-        elite_scores, elite = scores.topk(args.num_elites, dim=1)  # (S, num_elites), best first
-        elites = actions.gather(1, elite[:, :, None, None].expand(-1, -1, T, A))
-        weights = torch.softmax(args.temperature * (elite_scores - elite_scores[:, :1]), 1)
-
-        # Mean and std of the weighted elites
-        w = weights[:, :, None, None]
-        mean = (w * elites).sum(1)  # (S, T, A)
-        std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(args.min_std, args.max_std)
+    for noise in draws.samples.unbind(1):
+        mean, std, elites, elite_scores, weights = refine(model, z, mean, std, proposals, proposal_scores, noise, args)
 
     # Draw an elite by its weight (Gumbel trick); training adds noise to its first action
     gumbel = -torch.log(-torch.log(draws.elite))
@@ -915,15 +936,15 @@ def plan(
     return Plan(action, first, elites[:, 0, 0], mean, std[:, 0], elite_scores.gather(1, chosen[:, None])[:, 0])
 
 
-def plan_in_chunks(plan: Callable, model, policy, z: Tensor, mean: Tensor, draws: PlanDraws, args: Args, **options) -> Plan:
+def plan_in_chunks(
+    plan: Callable, model, policy, z: Tensor, mean: Tensor, draws: PlanDraws, args: Args, low=None, high=None
+) -> Plan:
     """`plan`, on a CPU for a few states at a time: about 2048 candidates, with what is computed of them, fit its cache."""
     states = len(z) if z.device.type != "cpu" else max(1, 2048 // args.num_samples)
-    chunks = math.ceil(len(z) / states)
-    if chunks == 1:
-        return plan(model, policy, z, mean, draws, args, **options)
-    pieces = zip(*(x.tensor_split(chunks) for x in (z, mean, *draws)))
-    parts = [plan(model, policy, z_, mean_, PlanDraws(*draws_), args, **options) for z_, mean_, *draws_ in pieces]
-    return Plan(*map(torch.cat, zip(*parts)))
+    low, high = args.log_std_min if low is None else low, args.log_std_max if high is None else high
+    pieces = zip(*(x.tensor_split(math.ceil(len(z) / states)) for x in (z, mean, *draws)))
+    plans = [plan(model, policy, z, mean, PlanDraws(*draws), args, low, high) for z, mean, *draws in pieces]
+    return plans[0] if len(plans) == 1 else Plan(*map(torch.cat, zip(*plans)))
 
 
 def make_expert(plan: Plan, chosen: Tensor, args: Args) -> Tensor:
@@ -953,9 +974,8 @@ def act(plan: Callable, model: WorldModel, buffer: ReplayBuffer, mean: Tensor, a
     E, T, A = mean.shape
     shifted = torch.cat([mean[:, 1:], torch.zeros_like(mean[:, :1])], 1)
     shifted = torch.where((buffer.length > 0)[:, None, None], shifted, 0.0)
-    acting = plan_in_chunks(
-        plan, model, model.policy, z, shifted, draw_plan(args, E, A, T, draws["collect"], z.device), args
-    )
+    noise = draw_plan(args, E, A, T, draws["collect"], z.device)
+    acting = plan_in_chunks(plan, model, model.policy, z, shifted, noise, args)
     if args.initial_expert_from_behavior:
         expert = make_expert(acting, acting.action if args.chosen_action_noise else acting.elite, args)
     else:
@@ -1000,7 +1020,7 @@ def td_target(model: WorldModel, policy: MLP, z: Tensor, eps: Tensor, args: Args
     """
     z = z[None, None]  # (1, 1, T, B, L)
     rewards, alive, discount = 0.0, 1.0, 1.0
-    for k in range(eps.shape[1]):
+    for k in range(args.td_horizon):
         mean, std = policy_gaussian(policy, z, args.log_std_min, args.log_std_max)
         a = (mean + std * eps[:, k]).clamp(-1, 1)  # (1, R, T, B, A)
         rewards = rewards + discount * alive * two_hot_inv(model.reward(z, a), args)
@@ -1355,7 +1375,8 @@ class Metrics:
         self.sums = sums
 
     def state_dict(self) -> list:
-        return [[list(names), self.sums[names].cpu(), self.bad[names].cpu()] for names in self.sums]
+        host = lambda x: x.to("cpu", copy=True)
+        return [[list(names), host(self.sums[names]), host(self.bad[names])] for names in self.sums]
 
     def load_state_dict(self, state: list):
         self.sums = {tuple(names): sums.to(self.device) for names, sums, _ in state}
@@ -1365,59 +1386,81 @@ class Metrics:
 class Log:
     """metrics.csv (global_step,env_steps,tag,value) and TensorBoard events, which repeat it.
 
-    Lines that cannot be written wait and are tried again; what could never be written is reported at the end.
+    Lines that cannot be written wait and are tried again; what could never be written is reported at the end. `state` is
+    None for a new run, {} for one that was stopped before its first checkpoint.
     """
 
     HEADER = "global_step,env_steps,tag,value\n"
 
     def __init__(self, directory: Path, action_repeat: int, state: Optional[dict] = None):
-        self.path, self.action_repeat, self.warned = directory / "metrics.csv", action_repeat, False
+        self.directory, self.path, self.action_repeat = directory, directory / "metrics.csv", action_repeat
+        self.warned, self.writer, self.unshown = False, None, []
         self.size, self.pending = (state["size"], list(state["pending"])) if state else (0, [self.HEADER])
-        self.for_tensorboard: list[str] = []
-        if self.path.exists():
-            os.truncate(self.path, min(self.size, self.path.stat().st_size))
-        self.directory, self.writer = directory, None
-        if state:  # TensorBoard drops what is at or after the checkpoint's step, and gets back what the file keeps of it
-            self.writer = SummaryWriter(str(directory), purge_step=state["step"])
-            with open(self.path) as file:
-                lines = file.readlines()[1:]
-            self.for_tensorboard = [x for x in lines if int(x.split(",", 1)[0]) >= state["step"]]
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < self.size:
+            warn(f"{self.path} is {self.size - there} bytes shorter than when the checkpoint was written")
+            self.size = there and self.path.read_bytes().rfind(b"\n") + 1  # whole lines
+            self.pending = self.pending if self.size else [self.HEADER, *self.pending]
+        # TensorBoard drops what it has from this step on, and gets it again from metrics.csv
+        self.again = None if state is None else min([state["step"], *map(step_of, self.pending)]) if state else 0
 
     def add(self, step: int, values: dict[str, float]):
         """Keeps `values` for the next flush."""
-        lines = [f"{step},{step * self.action_repeat},{tag},{float(value)!r}\n" for tag, value in values.items()]
-        self.pending += lines
-        self.for_tensorboard += lines
+        self.pending += [f"{step},{step * self.action_repeat},{tag},{float(value)!r}\n" for tag, value in values.items()]
 
     def flush(self):
         try:
             data = "".join(self.pending).encode()
             with open(self.path, "ab") as file:
-                file.truncate(self.size)  # what half a write left behind
+                file.truncate(self.size)  # what a killed run, or half a write, left behind
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint counts on these lines
+            self.unshown += [line for line in self.pending if line != self.HEADER]
             self.size, self.pending = self.size + len(data), []
-            if self.writer is None:
-                self.writer = SummaryWriter(str(self.directory))
-            for line in self.for_tensorboard:
-                step, _, tag, value = line.rstrip("\n").split(",")
-                self.writer.add_scalar(tag, float(value), int(step))
-            self.writer.flush()
-            self.for_tensorboard, self.warned = [], False
+            self.show()
+            self.warned = False
         except OSError as e:
-            self.writer = None
             if not self.warned:
                 warn(f"the log cannot be written ({e}); its lines are kept and tried again")
             self.warned = True
+
+    def show(self):
+        """TensorBoard's events; after a resume or a failed write a file of its own continues them without a seam."""
+        try:
+            if self.writer is None:
+                if self.again is not None:
+                    with open(self.path) as file:
+                        self.unshown = [line for line in file.readlines()[1:] if step_of(line) >= self.again]
+                self.writer = SummaryWriter(str(self.directory), purge_step=self.again)
+            for line in self.unshown:
+                step, _, tag, value = line.rstrip("\n").split(",")
+                self.writer.add_scalar(tag, float(value), int(step))
+            self.writer.flush()
+            self.unshown, self.again = [], None
+        except OSError:
+            self.writer = None
+            known = [] if self.again is None else [self.again]
+            self.again = min([*known, *map(step_of, self.unshown)], default=0)
+            raise
 
     def close(self):
         self.flush()
         if self.pending:
             warn(f"{len(self.pending)} lines of {self.path} are lost: the disk took none of them")
-        if self.writer is not None:
-            self.writer.close()
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        except OSError as e:
+            warn(f"TensorBoard's events are not whole ({e}); metrics.csv is")
 
     def state_dict(self, step: int) -> dict:
         return {"size": self.size, "pending": list(self.pending), "step": step}
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.csv; infinity for its header."""
+    return math.inf if line == Log.HEADER else int(line.split(",", 1)[0])
 
 
 class Stopwatch:
@@ -1471,12 +1514,18 @@ def graphs_compiled() -> int:
 
 def say(message: str):
     """A line for the user, above the progress bar."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:  # standard output is a file on a full disk
+        pass
 
 
 def warn(message: str):
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    try:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+    except (OSError, RuntimeError):  # or it is being written to while a signal comes
+        pass
 
 
 def run_directory(args: Args) -> Path:
@@ -1490,8 +1539,11 @@ def run_directory(args: Args) -> Path:
 def write_json(path: Path, value):
     """Writes beside, then renames: a reader sees the old file or the new one."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, path)
+    try:
+        beside.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(beside, path)
+    except OSError as e:
+        raise Failure(f"{path} cannot be written: {e}", code=1) from e
 
 
 def load_args(directory: Path) -> dict:
@@ -1528,12 +1580,11 @@ def versions() -> dict:
 
 def lock(directory: Path):
     """Takes the directory's lock until the process ends. Raises Failure if another process has it."""
-    file = open(directory / "lock", "a")
+    file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # a number, which nothing closes behind our back
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX locks are not inherited by the worker processes
     except OSError as e:
         raise Failure(f"{directory} is in use by another process") from e
-    return file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1691,6 +1742,7 @@ def snapshot(t: Training, p: Progress, log: Log) -> dict:
     return {
         "format": "bmpc checkpoint 1",
         "script": os.path.basename(__file__),
+        "args": dataclasses.asdict(t.args),
         "model": host(t.model.state_dict()),
         "optimizers": host([optimizer.state_dict() for optimizer in t.optimizers]),
         "buffer": t.buffer.state_dict(),
@@ -1709,7 +1761,10 @@ def restore(state: dict, t: Training, p: Progress):
         optimizer.load_state_dict(saved)
     t.buffer.load_state_dict(state["buffer"])
     for name, generator in t.draws.items():
-        generator.set_state(state["draws"][name])
+        if state["draws"][name].shape == generator.get_state().shape:
+            generator.set_state(state["draws"][name])
+        else:  # another kind of device; the run goes on with other random numbers
+            generator.manual_seed(episode_seed(t.args.seed, name, state["progress"]["global_step"]))
     t.metrics.load_state_dict(state["metrics"])
     progress = dict(state["progress"])
     for name in ("episode", "returns", "digest"):
@@ -1721,8 +1776,8 @@ def restore(state: dict, t: Training, p: Progress):
         setattr(p, name, value)
 
 
-def write_checkpoint(state: dict, directory: Path, copied: float):
-    """Writes beside, flushes, renames; the checkpoint before stays as checkpoint.previous.pt."""
+def write_checkpoint(state: dict, directory: Path, copied: float) -> bool:
+    """Writes beside, flushes, renames; the checkpoint before stays as checkpoint.previous.pt. False if it cannot."""
     start, path, beside = time.perf_counter(), directory / "checkpoint.pt", directory / "checkpoint.tmp"
     try:
         with open(beside, "wb") as file:
@@ -1734,9 +1789,11 @@ def write_checkpoint(state: dict, directory: Path, copied: float):
         os.replace(beside, path)
         seconds, size = time.perf_counter() - start, path.stat().st_size / 1e6
         say(f"checkpoint at {state['progress']['global_step']}: {size:.1f} MB, copied in {copied:.2f} s, written in {seconds:.2f} s")
+        return True
     except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
-        warn(f"the checkpoint could not be written ({e}); the last good one stays")
+        warn(f"the checkpoint could not be written ({str(e).splitlines()[0]}); the last good one stays")
         beside.unlink(missing_ok=True)
+        return False
 
 
 def read_checkpoint(directory: Path) -> Optional[dict]:
@@ -1758,6 +1815,10 @@ def read_checkpoint(directory: Path) -> Optional[dict]:
                 raise ValueError("it is not a checkpoint of this project")
             if state["script"] != os.path.basename(__file__):
                 raise ValueError(f"it was written by {state['script']}")
+            stored = load_args(directory)
+            other = sorted(name for name in SHAPING_ARGS if state["args"][name] != stored[name])
+            if other:
+                raise ValueError(f"it belongs to another run, with other {', '.join(other)}")
             return state
         except Exception as e:  # a damaged file can raise anything
             reasons.append(f"{path} is not usable ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
@@ -1771,7 +1832,7 @@ class Checkpointer:
     """Writes checkpoints from a thread of its own, one at a time; training waits only for the copy."""
 
     def __init__(self, directory: Path):
-        self.directory, self.thread = directory, None
+        self.directory, self.thread, self.written = directory, None, True
 
     def save(self, t: Training, p: Progress, log: Log):
         """Raises Failure (code 1), writing nothing, if a loss or a weight is not finite."""
@@ -1784,8 +1845,11 @@ class Checkpointer:
         state = snapshot(t, p, log)
         copied = time.perf_counter() - start
         self.wait()
-        self.thread = threading.Thread(target=write_checkpoint, args=(state, self.directory, copied))
+        self.thread = threading.Thread(target=self.write, args=(state, copied))
         self.thread.start()
+
+    def write(self, state: dict, copied: float):
+        self.written = write_checkpoint(state, self.directory, copied)
 
     def wait(self):
         if self.thread is not None:
@@ -1894,7 +1958,7 @@ def step_environments(t: Training, p: Progress, envs: Envs, sent: np.ndarray, lo
     with watch("environment"):
         obs, reward, terminated, truncated = envs.step_wait()
     if terminated.any() and not args.episodic:
-        raise Failure(f"{args.env_id} ended an episode by termination at step {p.global_step}; add --episodic")
+        raise Failure(f"{args.env_id} ended an episode by termination; add --episodic")
     p.global_step += args.num_envs
     p.returns += reward
     ended, first = terminated | truncated, obs
@@ -1964,8 +2028,8 @@ def train(t: Training, p: Progress, envs: Envs, eval_envs: Optional[Envs], log: 
                 p.events_done = True
                 if due(args.checkpoint_freq, p.global_step, E) or last:
                     checkpoints.save(t, p, log)
-                if last:
-                    break
+            if p.events_done and p.global_step >= args.total_timesteps:
+                break
             if stop.requested:
                 raise Interrupted
 
@@ -1992,9 +2056,14 @@ def train(t: Training, p: Progress, envs: Envs, eval_envs: Optional[Envs], log: 
     except Interrupted:
         checkpoints.save(t, p, log)
         return TRY_AGAIN
+    except Failure as e:
+        t.metrics.check()  # raises where a loss was not finite: what an environment makes of that is no reason
+        raise Failure(f"step {p.global_step}: {e}", e.code) from e
     finally:
         checkpoints.wait()
         bar.close()
+    if not checkpoints.written:
+        raise Failure("the last checkpoint could not be written; the same command tries again", code=1)
     return 0
 
 
@@ -2012,10 +2081,11 @@ def open_directory(args: Args) -> tuple[Path, Optional[dict]]:
         raise Failure(f"{directory} holds a run already; --run-name NAME gives this one a directory of its own")
     stored = load_args(directory)
     changed = {name: (old, getattr(args, name)) for name, old in stored.items() if getattr(args, name) != old}
-    fixed = SHAPING_ARGS if args.resume == str(directory) else set(stored) - FREE_ARGS
+    by_name = args.resume != "auto"
+    fixed = SHAPING_ARGS if by_name else set(stored) - FREE_ARGS
     refused = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name in fixed]
     if refused:
-        hint = "" if args.resume == str(directory) else f", or --resume {directory} where the change is harmless"
+        hint = "" if by_name else f", or --resume {directory} where the change is harmless"
         raise Failure(f"{directory} holds a run with other arguments ({'; '.join(refused)}); give --run-name NAME{hint}")
     finished = directory / "finished.json"
     if finished.exists():
@@ -2024,6 +2094,9 @@ def open_directory(args: Args) -> tuple[Path, Optional[dict]]:
             raise Failure(f"{directory} holds a finished run of {steps} decisions; more --steps continue it, --run-name NAME "
                           f"begins another, --evaluate {directory} evaluates it")  # fmt: skip
     state = read_checkpoint(directory) or {}
+    step = state["progress"]["global_step"] if state else 0
+    if "total_timesteps" in changed and args.total_timesteps <= step:
+        raise Failure(f"{directory} holds a run that has made {step} decisions already; give more --steps")
     finished.unlink(missing_ok=True)
     for name, (old, new) in changed.items():
         if name not in ("resume", "evaluate"):
@@ -2104,7 +2177,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         if state:
             restore(state, t, p)
             say(f"continuing at step {p.global_step}")
-        log = Log(directory, args.action_repeat, state and state["log"])
+        log = Log(directory, args.action_repeat, state and state["log"])  # None: new; {}: stopped before a checkpoint
         begin_episodes(t, p, every[0], resuming=bool(state))
         code = train(t, p, every[0], every[1] if len(every) > 1 else None, log, stop, directory)
         log.close()
