@@ -232,7 +232,8 @@ class Args:
     reanalyze_use_chosen_action: bool = True
     """the expert's mean is the chosen action; off: the plan's mean (JAX). Sweep 2c: which target should the policy imitate?"""
     chosen_action_noise: bool = True
-    """the chosen action at collection is the executed one, exploration noise included; off: the drawn elite (official)"""
+    """the chosen action at collection is the executed one, exploration noise included; off: the drawn elite (official).
+    Goes with sweep 2c"""
     initial_expert_from_behavior: bool = True
     """a row's first expert is the plan that chose its action; off: a separate plan beside it. Sweep 2c: does the
     warm-started acting plan make a better first target?"""
@@ -303,9 +304,11 @@ def resolve_env_id(task: str) -> str:
             raise Failure(f"the module {module!r} of the task cannot be imported: {e}") from e
     if task not in gym.registry:
         try:
-            import shimmy  # registers dm_control's tasks
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a machine without display is no news
+                import shimmy  # registers dm_control's tasks
 
-            gym.register_envs(shimmy)
+                gym.register_envs(shimmy)
         except ImportError as e:
             raise Failure(f"dm_control cannot be imported ({e}); known to work together: {KNOWN_GOOD}") from e
     if task in gym.registry:
@@ -408,9 +411,10 @@ def digest(obs: np.ndarray, reward: float = 0.0, seen: int = 0) -> int:
 def make_env(env_id: str, action_repeat: int, index: int = 0, render: bool = False) -> gym.Env:
     """One environment: flat float32 observations, actions in [-1, 1], `action_repeat` simulator steps a decision."""
     env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.DtypeObservation(env, np.float32)
+    space = env.observation_space
+    infinity = np.full(gym.spaces.flatdim(space), np.inf, np.float32)
+    flat = gym.spaces.Box(-infinity, infinity, dtype=np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda obs: gym.spaces.flatten(space, obs).astype(np.float32), flat)
     env = gym.wrappers.RescaleAction(ActionRepeat(env, action_repeat), np.float32(-1.0), np.float32(1.0))
     return Worker(env, index)
 
@@ -794,15 +798,18 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Tensor]):
         """Restores a state into a ring of the same or a larger capacity."""
-        used, env = state["obs"].shape[1], torch.arange(self.num_envs)[:, None]
+        used, wrapped = state["obs"].shape[1], int(state["row"].max()) >= state["obs"].shape[1]
         if used > self.capacity:
             raise Failure(f"the checkpoint's {used} rows an environment are more than the {self.capacity} of these arguments")
         for name in self.ROWS:
-            entered = state["tail"] if name == "window" else state["row"] + 1  # what stands in the old ring, by its number
-            number = (entered - used).clamp(min=0)[:, None] + torch.arange(used)  # (E, used)
-            place = (self.base.cpu()[:, None] + number % self.capacity).flatten()
-            mine = getattr(self, name)
-            mine[place.to(mine.device)] = state[name][env, number % used].flatten(0, 1).to(mine.device)
+            theirs, mine = state[name], getattr(self, name).unflatten(0, (self.num_envs, -1))
+            if not wrapped or used == self.capacity:
+                mine[:, :used] = theirs.to(mine.device)
+                continue
+            entered = state["tail"] if name == "window" else state["row"] + 1  # a larger ring: by the numbers of what it holds
+            for env, last in enumerate(entered.tolist()):
+                number = torch.arange(max(0, last - used), max(last, used))
+                mine[env, (number % self.capacity).to(mine.device)] = theirs[env, number % used].to(mine.device)
         for name in self.COUNTERS:
             setattr(self, name, state[name].to(self.base.device))
 
@@ -1594,8 +1601,8 @@ def lock(directory: Path):
 def parse_args(argv: Optional[list[str]] = None) -> Args:
     """The command line as Args; with --resume RUN_DIR or --evaluate RUN_DIR that run's arguments are the defaults."""
     args = tyro.cli(Args, args=argv)
-    source = args.evaluate or (args.resume if args.resume not in ("auto", "never") else "")
-    if not source:
+    source = args.evaluate or args.resume
+    if source in ("auto", "never"):
         return args
     stored = load_args(Path(source)) | {"resume": "auto", "evaluate": ""}
     return tyro.cli(Args, args=argv, default=Args(**stored))
@@ -1615,6 +1622,8 @@ def fill_in(args: Args) -> tuple[Args, TaskInfo]:
     sizes = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in MODEL_SIZES[args.model_size].items()}
     args = dataclasses.replace(args, env_id=env_id, action_repeat=action_repeat, discount=discount, **sizes)
     check_fit(args)
+    if task.episode_length is not None and task.episode_length < args.horizon:
+        raise Failure(f"an episode of {args.env_id} has {task.episode_length} decisions, less than the horizon of {args.horizon}")
     return args, task
 
 
@@ -1639,9 +1648,11 @@ def check_numbers(args: Args):
             value = getattr(args, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise Failure(f"--{name.replace('_', '-')} is {value}; it must be {wanted}")
-    for low, high in (("vmin", "vmax"), ("log_std_min", "log_std_max"), ("min_std", "max_std"), ("discount_min", "discount_max")):
-        if not (math.isfinite(getattr(args, low)) and getattr(args, low) <= getattr(args, high) < math.inf):
-            raise Failure(f"--{low.replace('_', '-')} is {getattr(args, low)}, above --{high.replace('_', '-')} {getattr(args, high)}")
+    pairs = "vmin vmax log_std_min log_std_max min_std max_std discount_min discount_max reanalyze_log_std_min reanalyze_log_std_max"
+    for low, high in zip(pairs.split()[::2], pairs.split()[1::2]):
+        bounds = [getattr(args, name.removeprefix("reanalyze_" * (getattr(args, name) is None))) for name in (low, high)]
+        if not -math.inf < bounds[0] <= bounds[1] < math.inf:
+            raise Failure(f"--{low.replace('_', '-')} is {bounds[0]}, above --{high.replace('_', '-')} {bounds[1]}")
     if args.seed >= 2**32:
         raise Failure(f"--seed is {args.seed}; it must be below 2^32")
     if "/" in args.run_name or args.run_name in (".", ".."):
@@ -1670,6 +1681,8 @@ def check_fit(args: Args):
         warn("--policy-ema-tau does nothing: neither --td-target-use-ema-policy nor --policy-trust-region-coef is given")
     if args.td_target_initial_source == "same" and args.imagine_initial_source == "replay_true":
         warn("--td-target-initial-source same does nothing: with --imagine-initial-source replay_true both are true states")
+    if not args.chosen_action_noise and not args.initial_expert_from_behavior:
+        warn("--no-chosen-action-noise does nothing with --no-initial-expert-from-behavior: the separate plan has no noise")
 
 
 def choose_device(args: Args) -> torch.device:
