@@ -291,6 +291,13 @@ class TaskInfo(NamedTuple):
     episode_length: Optional[int]
 
 
+def quietly(call: Callable):
+    """call(), without the warnings of simulators: no display, spaces without bounds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
 def resolve_env_id(task: str) -> str:
     """The Gymnasium id of a task: `dog-run` and `cup-catch` as TD-MPC2 spells them, or an id as it stands.
 
@@ -304,11 +311,7 @@ def resolve_env_id(task: str) -> str:
             raise Failure(f"the module {module!r} of the task cannot be imported: {e}") from e
     if task not in gym.registry:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a machine without display is no news
-                import shimmy  # registers dm_control's tasks
-
-                gym.register_envs(shimmy)
+            gym.register_envs(quietly(lambda: importlib.import_module("shimmy")))  # registers dm_control's tasks
         except ImportError as e:
             raise Failure(f"dm_control cannot be imported ({e}); known to work together: {KNOWN_GOOD}") from e
     if task in gym.registry:
@@ -410,7 +413,7 @@ def digest(obs: np.ndarray, reward: float = 0.0, seen: int = 0) -> int:
 
 def make_env(env_id: str, action_repeat: int, index: int = 0, render: bool = False) -> gym.Env:
     """One environment: flat float32 observations, actions in [-1, 1], `action_repeat` simulator steps a decision."""
-    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    env = quietly(lambda: gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True))
     space = env.observation_space
     infinity = np.full(gym.spaces.flatdim(space), np.inf, np.float32)
     flat = gym.spaces.Box(-infinity, infinity, dtype=np.float32)
@@ -427,7 +430,7 @@ def probe(env_id: str, action_repeat: Optional[int]) -> tuple[int, TaskInfo]:
     if action_repeat is None:
         action_repeat = 2 if env_id.startswith("dm_control/") else 1
     try:
-        env = gym.make(env_id, disable_env_checker=True)
+        env = quietly(lambda: gym.make(env_id, disable_env_checker=True))
     except Exception as e:
         versions = {name: importlib.metadata.version(name) for name in KNOWN_GOOD}
         hint = "" if versions == KNOWN_GOOD else f"; installed {versions}, known to work together: {KNOWN_GOOD}"
