@@ -1,0 +1,7 @@
+# shellcheck shell=bash
+# Updates per decision. The baseline makes one.
+question "Does more training per step help?"
+
+for ratio in 2 4; do
+  run bmpc.py "utd_ratio_$ratio" --utd-ratio "$ratio"
+done

@@ -1,0 +1,7 @@
+# shellcheck shell=bash
+# A second, optimistic policy explores; the first one evaluates and gives the targets.
+question "Does an explicit exploration policy help?"
+
+run bmpc_dual_policy.py dual_policy \
+  --planner-num-dynamics-heads 2 --ensemble-lr-scaling --planner-value-std-coef-train 1 \
+  --local-td-bootstrap --dual-policy-enabled

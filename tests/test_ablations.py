@@ -1,0 +1,424 @@
+"""What each ablation flag means, and that it means nothing at its default."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import FakeEnvs, TASK, copied, generator, make_batch, make_model, run_loop, same, small_args, start
+from torch.distributions import Normal, kl_divergence
+
+import bmpc
+
+CPU = torch.device("cpu")
+ALL = dict(  # every flag away from its default
+    utd_ratio=2.0, reanalyze_use_chosen_action=False, initial_expert_from_behavior=False, num_rollouts=4,
+    imagine_initial_source="replay_true", td_target_initial_source="same", encoder_consistency_coef=0.5,
+    td_target_use_ema_policy=True, policy_ema_tau=0.03, policy_trust_region_coef=1.0,
+)  # fmt: skip
+
+
+def draws_for(args, seed=0):
+    return bmpc.draw_update(args, TASK.action_dim, generator(seed), CPU)
+
+
+def world(model, batch, draws, args):
+    """The world model's total and its metrics by short name."""
+    total, _, metrics = bmpc.world_model_loss(model, batch, draws, args)
+    return total, {name.removeprefix("losses/"): value for name, value in metrics.items()}
+
+
+# --- 2a: utd_ratio
+
+
+@pytest.mark.parametrize("num_envs", [1, 4])
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 4.0])
+def test_a_decision_is_followed_by_exactly_utd_ratio_updates(tmp_path, monkeypatch, ratio, num_envs):
+    """Counted at every vector step: floor(d x ratio) after d decisions, on the rows stored before this decision's."""
+    made, counts = [0], []
+    monkeypatch.setattr(bmpc, "update", lambda *x: made.__setitem__(0, made[0] + 1) or {"x": torch.zeros(())})
+    args = small_args(num_envs=num_envs, utd_ratio=ratio, total_timesteps=32, reanalyze_interval=0)
+    events = []
+    envs = FakeEnvs([5, 7, 6, 30][:num_envs], events=events)
+    original = envs.step_wait
+    envs.step_wait = lambda: counts.append(made[0]) or original()
+    run_loop(args, envs, tmp_path)
+    warm_up = 12
+    decisions = [num_envs * (k + 1) for k in range(len(counts))]
+    assert counts == [0 if d <= warm_up else 12 + math.floor((d - warm_up) * ratio) for d in decisions]
+    assert decisions[-1] == 32 and made[0] == 12 + 20 * ratio
+
+
+def test_utd_ratio_is_an_exact_decimal():
+    """0.1 as a float sum would lose updates: 0.1 x 30 is 3, not 2.9999."""
+    args = small_args(utd_ratio=0.1, num_envs=1, learning_starts=10)
+    assert [bmpc.updates_due(args, 10 + d) for d in (9, 10, 29, 30, 70, 1000)] == [0, 1, 2, 3, 7, 100]
+
+
+def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path, monkeypatch):
+    events, original = [], bmpc.update
+    monkeypatch.setattr(bmpc, "update", lambda *x: events.append("update") or original(*x))
+
+    def planner(*x):
+        events.append("plan")
+        return bmpc.plan(*x)
+
+    args = small_args(num_envs=1, total_timesteps=15, reanalyze_interval=0)
+    run_loop(args, FakeEnvs([50], events=events), tmp_path, bmpc.Functions(plan=planner))
+    assert events == ["step_async", "step_wait"] * 12 + ["update"] * 12 + ["plan", "step_async", "update", "step_wait"] * 3
+
+
+def test_updates_see_the_rows_stored_before_the_decision_under_way(tmp_path, monkeypatch):
+    rows = []
+    args = small_args(num_envs=1, total_timesteps=16, reanalyze_interval=0)
+    t, p = start(args, FakeEnvs([50]))
+    original = t.buffer.sample
+    t.buffer.sample = lambda u: rows.append(int(t.buffer.row)) or original(u)
+    assert bmpc.train(t, p, FakeEnvs([50]), None, bmpc.Log(tmp_path, 1), type("S", (), {"requested": False}), tmp_path) == 0
+    assert rows == [12] * 12 + [12, 13, 14, 15]
+
+
+# --- 2c: the expert's source
+
+
+class Distinct:
+    """A plan whose parts can be told apart, in the acting plan (call 1 of a decision) and in any other."""
+
+    def __init__(self, plans_a_decision):
+        self.calls, self.every = 0, plans_a_decision
+
+    def __call__(self, model, policy, z, mean, draws, args, low, high):
+        base = 0.0 if self.calls % self.every == 0 else -1.0
+        self.calls += 1
+        part = lambda x: torch.full((len(z), 2), base + x)
+        return bmpc.Plan(part(0.1), part(0.2), part(0.3), torch.full_like(mean, base + 0.4), part(0.5).abs(), part(0.6)[:, 0])
+
+
+COLLECTION = [  # use_chosen_action, chosen_action_noise, from_behavior, the expert's mean and std
+    (True, True, True, 0.1, 0.5),  # the executed action
+    (True, False, True, 0.2, 0.5),  # the drawn elite
+    (False, True, True, 0.4, 0.5),  # the plan's mean
+    (True, True, False, -0.8, 0.5),  # the drawn elite of the separate plan: it has no noise
+    (False, True, False, -0.6, 0.5),  # its mean
+]
+
+
+@pytest.mark.parametrize("chosen, noise, behavior, mean, std", COLLECTION)
+def test_the_expert_stored_at_collection(tmp_path, chosen, noise, behavior, mean, std):
+    args = small_args(
+        reanalyze_use_chosen_action=chosen, chosen_action_noise=noise, initial_expert_from_behavior=behavior,
+        reanalyze_interval=0, utd_ratio=0.001,
+    )  # fmt: skip
+    functions = bmpc.Functions(plan=Distinct(1 if behavior else 2))
+    t, _ = run_loop(args, FakeEnvs([50, 50]), tmp_path, functions)
+    expert, action = (getattr(t.buffer, name).unflatten(0, (2, -1)) for name in ("expert", "action"))
+    assert (expert[:, :6, 0] == 0).all() and (expert[:, :6, 1] == 1).all()  # warm-up: N(0, 1)
+    assert (action[:, 6:20] == 0.1).all() and (action[:, :6] != 0.1).all()  # what was executed, whatever the expert
+    torch.testing.assert_close(expert[:, 6:20, 0], torch.full((2, 14, 2), mean))
+    torch.testing.assert_close(expert[:, 6:20, 1], torch.full((2, 14, 2), std))
+
+
+@pytest.mark.parametrize("chosen, noise, mean", [(True, True, 0.2), (True, False, 0.2), (False, True, 0.4)])
+def test_the_expert_after_reanalyze(chosen, noise, mean):
+    """The drawn elite's first action, never the noise; or the plan's mean."""
+    args = small_args(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise)
+    buffer, batch = bmpc.ReplayBuffer(1, 40, TASK, 3, CPU), make_batch(args)
+    new = bmpc.reanalyze(Distinct(1), make_model(args), buffer, batch, args, generator())
+    torch.testing.assert_close(new.expert[:, :3, 0], torch.full((3, 3, 2), mean))
+    torch.testing.assert_close(new.expert[:, :3, 1], torch.full((3, 3, 2), 0.5))
+    torch.testing.assert_close(buffer.expert[batch.rows[:, :3]], new.expert[:, :3])
+
+
+def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(tmp_path):
+    """Real plans, no updates after pretraining: the same actions and means, other experts."""
+    runs = []
+    for behavior in (True, False):
+        args = small_args(initial_expert_from_behavior=behavior, utd_ratio=0.001)
+        (tmp_path / str(behavior)).mkdir()
+        t, p = run_loop(args, FakeEnvs([5, 7]), tmp_path / str(behavior))
+        runs.append((t, p))
+    (a, p), (b, q) = runs
+    assert torch.equal(a.buffer.action, b.buffer.action) and torch.equal(p.mean, q.mean)
+    assert torch.equal(a.draws["collect"].get_state(), b.draws["collect"].get_state())
+    assert not torch.equal(a.buffer.expert, b.buffer.expert)
+
+
+def test_a_separate_first_plan_is_unwarmed_noiseless_and_from_its_own_generator():
+    args = small_args(initial_expert_from_behavior=False)
+    t, _ = start(args, FakeEnvs([5, 7]))
+    t.buffer.add(torch.zeros(2, 2), torch.ones(2, 2, 2), torch.zeros(2), torch.zeros(2), torch.ones(2, 4))
+    mean = torch.rand(2, 3, 2, generator=generator(1))
+    state = t.draws["expert"].get_state()
+    acted, _ = bmpc.act(bmpc.plan, t.model, t.buffer, mean, args, t.draws)
+    rng = generator()
+    rng.set_state(state)
+    noise = bmpc.draw_plan(args, 2, 2, 3, rng, CPU)
+    z = t.model.encoder(t.buffer.current_obs())
+    expected = bmpc.plan(t.model, t.model.policy, z, torch.zeros(2, 3, 2), noise, args, args.log_std_min, args.log_std_max)
+    torch.testing.assert_close(acted.expert, torch.stack([expected.elite, expected.std], 1))
+
+
+# --- 2d: num_rollouts
+
+
+def test_four_rollouts_are_the_mean_of_four_losses_under_the_same_draws(double):
+    args = small_args(num_rollouts=4, td_horizon=2)
+    model, batch, draws = make_model(args), make_batch(args), draws_for(args)
+    _, four = world(model, batch, draws, args)
+    one = dataclasses.replace(args, num_rollouts=1)
+    each = [world(model, batch, draws._replace(td=draws.td[r : r + 1]), one)[1]["value"] for r in range(4)]
+    torch.testing.assert_close(four["value"], sum(each) / 4)
+    assert max(each) > min(each) + 1e-4  # four different ones
+    assert "td_target_std_over_rollouts" not in world(model, batch, draws._replace(td=draws.td[:1]), one)[1]
+    y = bmpc.td_target(model, model.policy, torch.stack([model.encoder(o) for o in batch.obs[:3]]), draws.td, args)
+    torch.testing.assert_close(four["td_target_std_over_rollouts"], y[0].std(0).mean())
+
+
+def test_the_targets_variance_falls_as_one_over_the_rollouts(double):
+    """The value loss is linear in its target, so its variance over imagination's draws is the target's."""
+    variance = {}
+    for R in (1, 4):
+        args = small_args(num_rollouts=R, batch_size=1, dropout=0.0, horizon=1)
+        model, batch, rng = make_model(args), make_batch(args), generator(5)
+        values = []
+        for _ in range(600):
+            with torch.no_grad():
+                values.append(world(model, batch, bmpc.draw_update(args, 2, rng, CPU), args)[1]["value"])
+        variance[R] = torch.stack(values).var().item()
+    assert 3.2 < variance[1] / variance[4] < 5, variance
+
+
+# --- 2e: where values are predicted, and where imagination starts
+
+
+@pytest.mark.parametrize("imagine", ["replay_rollout", "replay_true"])
+@pytest.mark.parametrize("source", ["replay_true", "same"])
+def test_values_are_predicted_and_imagined_at_the_states_asked_for(monkeypatch, imagine, source):
+    args = small_args(imagine_initial_source=imagine, td_target_initial_source=source)
+    model, batch, seen = make_model(args), make_batch(args), {}
+    original = bmpc.td_target
+    monkeypatch.setattr(bmpc, "td_target", lambda m, p, z, *x: seen.update(imagined=z) or original(m, p, z, *x))
+    model.value.register_forward_pre_hook(lambda module, inputs: seen.update(predicted=inputs[0]))
+    bmpc.world_model_loss(model, batch, draws_for(args), args)
+    true = torch.stack([model.encoder(obs) for obs in batch.obs[:3]])
+    rollout = [true[0]]
+    for t in range(2):
+        rollout.append(model.dynamics(rollout[t][None], batch.action[t][None])[0])
+    states = {"replay_true": true, "replay_rollout": torch.stack(rollout)}
+    assert not torch.allclose(true[1:], states["replay_rollout"][1:], atol=1e-2)  # they can be told apart
+    torch.testing.assert_close(seen["predicted"][0], states[imagine])
+    torch.testing.assert_close(seen["imagined"], states["replay_true" if source == "replay_true" else imagine])
+    assert not seen["imagined"].requires_grad
+
+
+def gradients(model, total, *networks):
+    """The norm of total's gradient in each network."""
+    norms = []
+    for name in networks:
+        grads = torch.autograd.grad(total, list(getattr(model, name).parameters()), retain_graph=True, allow_unused=True)
+        norms.append(sum(0.0 if g is None else float(g.abs().sum()) for g in grads))
+    return norms
+
+
+def test_values_at_true_states_teach_the_encoder_and_not_the_dynamics():
+    """Also at t > 0, where the baseline's encodings have no gradient at all."""
+    args = small_args(consistency_coef=0.0, reward_coef=0.0, value_coef=1.0, imagine_initial_source="replay_true")
+    model, batch = make_model(args), make_batch(args)
+    encoder, dynamics, reward = gradients(model, world(model, batch, draws_for(args), args)[0], "encoder", "dynamics", "reward")
+    assert encoder > 1e-3 and dynamics == 0 and reward == 0
+    args = dataclasses.replace(args, imagine_initial_source="replay_rollout")
+    encoder, dynamics, _ = gradients(model, world(model, batch, draws_for(args), args)[0], "encoder", "dynamics", "reward")
+    assert encoder > 1e-3 and dynamics > 1e-3
+
+
+def test_the_policys_loss_stays_on_the_rollout():
+    for imagine in ("replay_rollout", "replay_true"):
+        args = small_args(imagine_initial_source=imagine)
+        model, batch = make_model(args), make_batch(args)
+        _, states, _ = bmpc.world_model_loss(model, batch, draws_for(args), args)
+        z = model.encoder(batch.obs[0])
+        for t in range(3):
+            torch.testing.assert_close(states[t], z)
+            z = model.dynamics(z[None], batch.action[t][None])[0]
+        assert not states.requires_grad
+
+
+# --- 2f: encoder consistency
+
+
+def test_encoder_consistency_is_the_same_distance_with_its_gradient_in_the_encoder_only():
+    args = small_args(consistency_coef=0.0, reward_coef=0.0, value_coef=0.0, encoder_consistency_coef=1.0)
+    model, batch = make_model(args), make_batch(args)
+    total, metrics = world(model, batch, draws_for(args), args)
+    assert torch.equal(metrics["encoder_consistency"], metrics["consistency"])
+    assert float(total.detach()) == pytest.approx(float(metrics["consistency"]))
+    encoder, dynamics = gradients(model, total, "encoder", "dynamics")
+    assert encoder > 1e-3 and dynamics == 0
+
+
+def test_ordinary_consistency_does_not_reach_the_encodings_it_is_compared_with():
+    """Both together are the full derivative of the distance; the ordinary one is what is left without the flag's."""
+    args = small_args(reward_coef=0.0, value_coef=0.0, consistency_coef=1.0, encoder_consistency_coef=1.0, horizon=1)
+    model, batch = make_model(args), make_batch(args)
+    model.encoder(batch.obs[1]).sum()
+    z = model.dynamics(model.encoder(batch.obs[0])[None], batch.action[0][None])[0]
+    full = (z - model.encoder(batch.obs[1])).square().mean()
+    params = list(model.encoder.parameters())
+    total, _ = world(model, batch, draws_for(args), args)
+    for mine, other in zip(torch.autograd.grad(total, params), torch.autograd.grad(full, params)):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+# --- 2g: the EMA policy
+
+
+def test_the_ema_policy_follows_tau_after_every_policy_update(double):
+    args = small_args(td_target_use_ema_policy=True, policy_ema_tau=0.3)
+    model = bmpc.WorldModel(TASK, args, generator())
+    assert same(copied(model.ema_policy), copied(model.policy))
+    optimizers, rng = bmpc.make_optimizers(model, args), generator(1)
+    expected = copied(model.ema_policy)
+    for k in range(4):
+        draws = bmpc.draw_update(args, 2, rng, CPU)
+        bmpc.update(bmpc.Functions(), model, optimizers, make_batch(args, seed=k), draws, args, pretraining=False)
+        expected = {name: 0.7 * x + 0.3 * model.policy.state_dict()[name] for name, x in expected.items()}
+        for name, x in model.ema_policy.state_dict().items():
+            torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12)
+    assert not same(copied(model.ema_policy), copied(model.policy))
+
+
+def test_the_ema_policy_exists_only_where_it_is_needed():
+    for changes, there in (({}, False), (dict(td_target_use_ema_policy=True), True), (dict(policy_trust_region_coef=0.1), True)):
+        assert (bmpc.WorldModel(TASK, small_args(**changes), generator()).ema_policy is not None) == there
+
+
+def test_the_ema_policy_acts_in_td_targets_only():
+    """Another EMA changes the targets, and nothing in plans, the other losses or, without trust region, the policy's."""
+    args = small_args(td_target_use_ema_policy=True)
+    model, batch, draws = make_model(args), make_batch(args), draws_for(args)
+    z = model.encoder(batch.obs[0]).detach()
+    noise = bmpc.draw_plan(args, 12, 2, 3, generator(), CPU)
+
+    def everything():
+        _, states, metrics = bmpc.world_model_loss(model, batch, draws, args)
+        planned = bmpc.plan_in_chunks(bmpc.plan, model, model.policy, z, torch.zeros(12, 3, 2), noise, args)
+        metrics = metrics | bmpc.policy_loss(model, states, batch.expert, args)[2]
+        return metrics | {f"plan/{name}": x for name, x in zip(planned._fields, planned)}
+
+    before = everything()
+    with torch.no_grad():
+        for p in model.ema_policy.parameters():
+            p.mul_(-1.5)
+    after = everything()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"losses/td_target", "losses/value", "losses/total"}
+
+
+def test_without_the_flag_td_targets_ignore_the_ema_policy():
+    args = small_args(policy_trust_region_coef=1.0)
+    model, batch, draws = make_model(args), make_batch(args), draws_for(args)
+    before = world(model, batch, draws, args)[1]
+    with torch.no_grad():
+        for p in model.ema_policy.parameters():
+            p.mul_(-1.5)
+    assert same(before, world(model, batch, draws, args)[1])
+
+
+def test_the_acting_policy_in_td_targets_is_the_ema_when_asked(double):
+    args = small_args(td_target_use_ema_policy=True)
+    model, batch, draws = make_model(args), make_batch(args), draws_for(args)
+    z = torch.stack([model.encoder(obs) for obs in batch.obs[:3]])
+    by_ema = bmpc.td_target(model, model.ema_policy, z, draws.td, args).mean()
+    by_policy = bmpc.td_target(model, model.policy, z, draws.td, args).mean()
+    assert abs(by_ema - by_policy) > 1e-3
+    torch.testing.assert_close(world(model, batch, draws, args)[1]["td_target"], by_ema)
+
+
+def trust_region(model, z, expert, args):
+    """The trust region's part of the policy loss, with its gradient: the loss with it less the loss without."""
+    with_it, scale, metrics = bmpc.policy_loss(model, z, expert, args)
+    without, _, _ = bmpc.policy_loss(model, z, expert, dataclasses.replace(args, policy_trust_region_coef=0.0))
+    return with_it - without, scale, metrics
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_trust_region_is_kl_of_ema_under_policy_in_the_experts_units(double, reduction):
+    args = small_args(policy_trust_region_coef=0.5, kl_reduction=reduction)
+    model, z, expert = make_model(args), torch.randn(3, 12, 16, generator=generator(2)), make_batch(args).expert
+    model.kl_scale.fill_(5.0)
+    found, scale, metrics = trust_region(model, z, expert, args)
+    ema, policy = (Normal(*bmpc.policy_gaussian(net, z, -5.0, 1.0)) for net in (model.ema_policy, model.policy))
+    weights = torch.tensor([4 / 7, 2 / 7, 1 / 7])
+    reduced = lambda kl: ((kl.mean(-1) if reduction == "mean" else kl.sum(-1)).mean(1) * weights).sum() / scale
+    expected = reduced(kl_divergence(ema, policy))
+    torch.testing.assert_close(metrics["losses/trust_region"], expected.detach())
+    torch.testing.assert_close(found, 0.5 * expected)
+    assert abs(reduced(kl_divergence(policy, ema)) / expected - 1) > 0.05  # the other order is another number
+
+
+def test_the_trust_region_is_zero_at_the_start_and_its_gradient_pulls_towards_the_ema(double):
+    args = small_args(policy_trust_region_coef=1.0)
+    fresh = bmpc.WorldModel(TASK, args, generator())
+    z, expert = torch.randn(3, 12, 16, generator=generator(2)), make_batch(args).expert
+    found, _, metrics = trust_region(fresh, z, expert, args)
+    assert metrics["losses/trust_region"] == 0 and abs(found.item()) < 1e-12
+    model = make_model(args)
+    model.ema_policy.load_state_dict(model.policy.state_dict())
+    with torch.no_grad():
+        model.policy.last.bias[..., :2] += torch.tensor([0.4, -0.4])  # the means moved apart, one up and one down
+    found, _, _ = trust_region(model, z, expert, args)
+    (grad,) = torch.autograd.grad(found, [model.policy.last.bias])
+    assert found > 0.01 and grad[0, 0, 0] > 0 and grad[0, 0, 1] < 0  # descent brings them back
+    assert not any(p.requires_grad for p in model.ema_policy.parameters())
+
+
+# --- at the defaults, and all together
+
+
+DIAGNOSTICS = {
+    "losses/encoder_consistency": dict(encoder_consistency_coef=0.1),
+    "losses/trust_region": dict(policy_trust_region_coef=0.1),
+    "losses/td_target_std_over_rollouts": dict(num_rollouts=2),
+    "planner/executed_minus_mean": dict(reanalyze_use_chosen_action=False),
+}
+
+
+def logged(directory, args):
+    run_loop(args, FakeEnvs([5, 7]), directory)
+    return {line.split(",")[2] for line in (directory / "metrics.csv").read_text().splitlines()[1:]}
+
+
+def test_a_diagnostic_is_logged_only_when_its_flag_is_on(tmp_path):
+    args = small_args(log_freq=10, total_timesteps=20)
+    base = logged(tmp_path / "base", args)
+    assert base.isdisjoint(DIAGNOSTICS) and "losses/value" in base
+    for k, (name, changes) in enumerate(DIAGNOSTICS.items()):
+        assert logged(tmp_path / str(k), dataclasses.replace(args, **changes)) == base | {name}
+
+
+def test_all_flags_at_once_run_on_every_number_finite(tmp_path):
+    args = small_args(log_freq=10, reanalyze_interval=3, **(ALL | dict(td_target_initial_source="replay_true")))
+    t, p = run_loop(args, FakeEnvs([5, 7]), tmp_path)
+    assert p.updates == 56 and p.pretrained == 12
+    assert all(torch.isfinite(x).all() for x in t.model.state_dict().values())
+    values = [float(line.split(",")[3]) for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert all(map(math.isfinite, values)) and len(values) > 50
+
+
+def test_compiled_functions_are_one_graph_and_compute_the_eager_numbers():
+    """Traced and differentiated by the compiler, run by torch (aot_eager): what a graph break or a mutation would spoil."""
+    args = small_args(episodic=True, horizon=2, iterations=2, **(ALL | dict(num_rollouts=2)))
+    make = lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    ends = []
+    for functions in (bmpc.Functions(), bmpc.Functions(*map(make, bmpc.Functions()))):
+        model = make_model(args)
+        optimizers, rng, metrics = bmpc.make_optimizers(model, args), generator(1), []
+        for k in range(2):
+            draws, batch = bmpc.draw_update(args, 2, rng, CPU), make_batch(args, seed=k)
+            buffer = bmpc.ReplayBuffer(1, 40, TASK, 2, CPU)
+            batch = bmpc.reanalyze(functions.plan, model, buffer, batch, args, rng)
+            found = bmpc.update(functions, model, optimizers, batch, draws, args, False)
+            metrics.append({name: x.clone() for name, x in found.items()})
+        ends.append((metrics, copied(model)))
+    for mine, other in zip(*(torch.utils._pytree.tree_leaves(end) for end in ends)):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,309 @@
+"""The three scripts are one: they differ in tagged seams alone, and without the variant's flags they compute the same bits.
+
+`python tests/test_siblings.py` prints the table SEAMS as the files are now.
+"""
+
+import ast
+import csv
+import dataclasses
+import difflib
+import importlib
+import math
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS = [("bmpc.py", "bmpc_multihead.py"), ("bmpc_multihead.py", "bmpc_dual_policy.py")]
+TAG = re.compile(r"\[V(\d+)\]")
+
+# For each seam: the lines of the older script that it replaces (their number and checksum) and the number of its own. A
+# change of these lines in one script alone is a fix that did not reach the others.
+SEAMS = {
+    "bmpc_multihead.py": {
+        1: (1, 1854408783, 18),
+        2: (1, 2427988354, 2),
+        3: (2, 1816671605, 15),
+        4: (13, 21162308, 25),
+        5: (4, 1029486449, 7),
+        6: (0, 0, 4),
+        7: (0, 0, 2),
+        8: (1, 1650882421, 3),
+    },
+    "bmpc_dual_policy.py": {
+        9: (0, 0, 13),
+        10: (1, 1481454297, 8),
+        11: (6, 2988484894, 7),
+        12: (5, 841144770, 20),
+        13: (1, 2000753554, 18),
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
+
+
+class Hunk:
+    """One hunk of `diff -U0`: what the older script has and what the sibling has instead."""
+
+    def __init__(self, old: list[str], new: list[str], line: int):
+        self.old, self.new, self.line = old, new, line
+        tags = TAG.findall("".join(new))
+        self.seam = max(map(int, tags)) if tags else None  # a line that the dual policy changes again has both its tags
+
+    def __str__(self):
+        return "".join(f"  -{x}" for x in self.old) + "".join(f"  +{x}" for x in self.new)
+
+
+def header_end(lines: list[str]) -> int:
+    """The number of lines of a script's docstring."""
+    return ast.parse("".join(lines)).body[0].end_lineno
+
+
+def hunks(older: str, sibling: str, root: Path = ROOT) -> list[Hunk]:
+    """The differences below the docstrings."""
+    a, b = ((root / name).read_text().splitlines(keepends=True) for name in (older, sibling))
+    skip_a, skip_b = header_end(a), header_end(b)
+    a, b = a[skip_a:], b[skip_b:]
+    found = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    return [Hunk(a[i:j], b[k:m], skip_b + k + 1) for kind, i, j, k, m in found if kind != "equal"]
+
+
+def enclosing(sibling: str, line: int) -> str:
+    """The function or class around a line."""
+    tree = ast.parse((ROOT / sibling).read_text())
+    around = [n for n in tree.body if hasattr(n, "name") and n.lineno <= line <= n.end_lineno]
+    return around[0].name if around else "the module"
+
+
+def describe(older: str, sibling: str, found: list[Hunk]) -> str:
+    return "\n".join(f"{sibling}:{h.line}, in {enclosing(sibling, h.line)} (- is {older}):\n{h}" for h in found)
+
+
+def seam_table(older: str, sibling: str) -> dict[int, tuple[int, int, int]]:
+    """For each seam: lines replaced, their checksum, own lines."""
+    table = {}
+    for hunk in hunks(older, sibling):
+        old, crc, new = table.get(hunk.seam, (0, 0, 0))
+        table[hunk.seam] = (old + len(hunk.old), zlib.crc32("".join(hunk.old).encode(), crc), new + len(hunk.new))
+    return table
+
+
+def listed(sibling: str) -> list[int]:
+    """The seams that a script's docstring lists, in its order."""
+    return [int(n) for n in re.findall(r"^\s+\[V(\d+)\] ", ast.get_docstring(ast.parse((ROOT / sibling).read_text()), clean=False), re.M)]
+
+
+@pytest.mark.parametrize("older, sibling", PAIRS)
+def test_every_difference_is_in_a_tagged_seam(older, sibling):
+    untagged = [h for h in hunks(older, sibling) if h.seam is None]
+    assert not untagged, "differences outside of every seam:\n" + describe(older, sibling, untagged)
+
+
+@pytest.mark.parametrize("older, sibling", PAIRS)
+def test_the_lines_under_the_seams_did_not_drift(older, sibling):
+    now, then = seam_table(older, sibling), SEAMS[sibling]
+    for seam in sorted(set(now) | set(then), key=str):
+        changed = [h for h in hunks(older, sibling) if h.seam == seam]
+        assert now.get(seam) == then.get(seam), (
+            f"seam [V{seam}] of {sibling} drifted: {then.get(seam)} is now {now.get(seam)}. See that the change is in both "
+            f"scripts, then write the new table, which `python tests/test_siblings.py` prints.\n" + describe(older, sibling, changed)
+        )
+
+
+def test_the_headers_list_the_seams_in_order():
+    lists = {sibling: listed(sibling) for _, sibling in PAIRS}
+    found = {sibling: list(dict.fromkeys(h.seam for h in hunks(older, sibling))) for older, sibling in PAIRS}
+    assert found["bmpc_multihead.py"] == lists["bmpc_multihead.py"] == list(range(1, len(lists["bmpc_multihead.py"]) + 1))
+    inherited = len(lists["bmpc_multihead.py"])
+    assert lists["bmpc_dual_policy.py"][:inherited] == lists["bmpc_multihead.py"]
+    own = lists["bmpc_dual_policy.py"][inherited:]
+    assert found["bmpc_dual_policy.py"] == own == list(range(inherited + 1, inherited + 1 + len(own)))
+    assert listed("bmpc.py") == [] and not TAG.search((ROOT / "bmpc.py").read_text())
+
+
+@pytest.mark.parametrize("older, sibling", PAIRS)
+def test_the_diff_stays_small(older, sibling):
+    a, b = ((ROOT / name).read_text().splitlines() for name in (older, sibling))
+    count = sum(line[0] in "+-" for line in list(difflib.unified_diff(a, b, n=0))[2:])
+    assert count <= 150, f"diff -U0 {older} {sibling} has {count} lines"
+
+
+@pytest.mark.parametrize("sibling", ["bmpc.py", "bmpc_multihead.py", "bmpc_dual_policy.py"])
+def test_no_function_is_long(sibling):
+    for node in ast.walk(ast.parse((ROOT / sibling).read_text())):
+        if isinstance(node, ast.FunctionDef):
+            limit = 150 if node.name in ("main", "train") else 60
+            assert node.end_lineno - node.lineno < limit, f"{sibling}: {node.name} is too long"
+
+
+@pytest.mark.parametrize("older, sibling", PAIRS)
+def test_shared_flags_have_the_same_defaults_and_kinds(older, sibling):
+    old, new = ({f.name: (f.type, f.default) for f in dataclasses.fields(load(name).Args)} for name in (older, sibling))
+    assert list(new)[: len(old)] == list(old), "the sibling's flags are the older script's, and its own behind them"
+    different = {name: (old[name], new[name]) for name in old if old[name] != new[name] and name != "exp_name"}
+    assert not different
+    assert new["exp_name"][1] == sibling.removesuffix(".py")
+    assert load(older).SHAPING_ARGS <= load(sibling).SHAPING_ARGS and load(older).FREE_ARGS == load(sibling).FREE_ARGS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small runs, in this process and on this CPU
+
+
+def load(script: str):
+    """A script as a module."""
+    return importlib.import_module(script.removesuffix(".py"))
+
+
+SMALL = dict(
+    env_id="fake", device="cpu", compile=False, num_envs=2, action_repeat=1, discount=0.9, learning_starts=20,
+    total_timesteps=120, utd_ratio=0.5, batch_size=8, enc_dim=32, mlp_dim=32, latent_dim=32, num_enc_layers=2, num_q=3,
+    num_bins=21, iterations=2, num_samples=16, num_elites=8, num_pi_trajs=4, reanalyze_interval=5, reanalyze_batch_size=2,
+    eval_freq=60, eval_episodes=2, log_freq=40, checkpoint_freq=0,
+)  # fmt: skip
+OBS, ACTION, LENGTH = 5, 2, 15
+
+
+def small_args(module, **flags):
+    """Arguments of a small run, checked as the command line's are."""
+    args = module.Args(**SMALL | flags)
+    module.check_numbers(args)
+    module.check_fit(args)
+    return args
+
+
+class FakeEnvs:
+    """A vector of small smooth systems in this process, with the interface of the scripts' Envs."""
+
+    def __init__(self, num_envs: int, terminating: bool = False):
+        self.num_envs, self.terminating = num_envs, terminating
+        rng = np.random.default_rng(0)
+        self.drift, self.push = rng.normal(size=(OBS, OBS)) * 0.3, rng.normal(size=(ACTION, OBS))
+        self.obs, self.steps = np.zeros((num_envs, OBS), np.float32), np.zeros(num_envs, int)
+
+    def reset(self, mask, seeds, **options):
+        for i in np.flatnonzero(mask):
+            self.obs[i], self.steps[i] = np.random.default_rng(seeds[i]).normal(size=OBS), 0
+        return self.obs.copy(), np.zeros(self.num_envs, np.int64)
+
+    def step_async(self, action):
+        self.action = action.astype(np.float64)
+
+    def step_wait(self):
+        self.obs = np.tanh(self.obs @ self.drift + self.action @ self.push).astype(np.float32)
+        self.steps += 1
+        reward = 1 - np.square(self.obs[:, 0]).astype(np.float64)
+        truncated = self.steps >= LENGTH
+        terminated = (self.obs[:, 1] > 0.9) & ~truncated if self.terminating else np.zeros(self.num_envs, bool)
+        return self.obs.copy(), reward, terminated, truncated
+
+
+def small_training(module, **flags):
+    """A run at its beginning: Training, Progress."""
+    args = small_args(module, **flags)
+    return module.set_up(args, module.TaskInfo(OBS, ACTION, LENGTH), torch.device("cpu"))
+
+
+def small_run(module, directory: Path, **flags) -> tuple:
+    """A whole run of the script's own loop on FakeEnvs: Training, Progress, rows of metrics.csv."""
+    t, p = small_training(module, **flags)
+    envs, stop = FakeEnvs(t.args.num_envs, t.args.episodic), SimpleNamespace(requested=False)
+    directory.mkdir(exist_ok=True)
+    log = module.Log(directory, 1)
+    module.begin_episodes(t, p, envs, resuming=False)
+    assert module.train(t, p, envs, FakeEnvs(2), log, stop, directory) == 0
+    log.close()
+    with open(directory / "metrics.csv") as file:
+        rows = [(int(r["global_step"]), r["tag"], r["value"]) for r in csv.DictReader(file)]
+    return t, p, [r for r in rows if not r[1].startswith("time/") and r[1] != "charts/SPS"]
+
+
+def state(t, p) -> dict[str, torch.Tensor]:
+    """Everything that the future of a run depends on, by name."""
+    tensors = {f"model {k}": v for k, v in t.model.state_dict().items()}
+    for i, optimizer in enumerate(t.optimizers):
+        tensors |= {f"optimizer {i} {k} {j}": x for k, v in optimizer.state_dict().items() for j, x in enumerate(v)}
+    tensors |= {f"buffer {k}": v for k, v in t.buffer.state_dict().items()}
+    tensors |= {f"generator {k}": v.get_state() for k, v in t.draws.items()}
+    return tensors | {"plan": p.mean, "returns": torch.from_numpy(p.returns)}
+
+
+FLAGS = {
+    "defaults": {},
+    "all at once": dict(
+        utd_ratio=0.5, td_horizon=3, num_rollouts=2, imagine_initial_source="replay_true", encoder_consistency_coef=0.5,
+        td_target_use_ema_policy=True, policy_trust_region_coef=0.3, initial_expert_from_behavior=False, episodic=True,
+        reanalyze_use_chosen_action=False, entropy_coef=1e-3, reanalyze_horizon=2, reanalyze_log_std_min=-2.0,
+        td_target_initial_source="replay_true", eval_sample_elite=True, dropout=0.1,
+    ),
+    "official": dict(
+        num_q=2, chosen_action_noise=False, normalize_rho_weights=False, kl_reduction="sum", enc_lr_scale=0.3, horizon=2,
+        td_target_initial_source="same", num_pi_trajs=0, dropout=0.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_without_the_variants_flags_the_scripts_compute_the_same_bits(flags, tmp_path):
+    """100 decisions after warm-up, 20 pretraining updates and 50 more, 10 reanalyses, evaluations."""
+    runs = [small_run(load(s), tmp_path / s, **FLAGS[flags]) for s in ("bmpc.py", "bmpc_multihead.py", "bmpc_dual_policy.py")]
+    (t, p, rows), others = runs[0], runs[1:]
+    assert (p.global_step, p.updates, p.pretrained) == (120, 50, 20)
+    assert sum(tag == "eval/episodic_return" for _, tag, _ in rows) == 3
+    for name, (t2, p2, rows2) in zip(("bmpc_multihead.py", "bmpc_dual_policy.py"), others):
+        mine, theirs = state(t, p), state(t2, p2)
+        assert list(mine) == list(theirs), name
+        different = [k for k in mine if not torch.equal(mine[k], theirs[k])]
+        assert not different, f"{name} with its flags off differs from bmpc.py in {different[:5]}"
+        assert rows == rows2, name
+
+
+def test_the_small_run_learns_and_reanalyzes(tmp_path):
+    """The run above is no idle comparison: weights move, and another reanalyze interval gives other numbers."""
+    module = load("bmpc.py")
+    t, p, _ = small_run(module, tmp_path / "a")
+    fresh, _ = small_training(module)
+    assert all(not torch.equal(a, b) for a, b in zip(t.model.policy.parameters(), fresh.model.policy.parameters()))
+    never, p2, _ = small_run(module, tmp_path / "b", reanalyze_interval=0)
+    assert not torch.equal(t.buffer.expert, never.buffer.expert)
+    assert math.isfinite(p.last_return) and p.last_return > 0 and len(p.actions[0]) < LENGTH
+
+
+VARIANTS = {
+    "bmpc_multihead.py": "--planner-num-dynamics-heads 2 --planner-value-std-coef-train 1 --local-td-bootstrap --ensemble-lr-scaling",
+    "bmpc_dual_policy.py": "--planner-num-dynamics-heads 2 --planner-value-std-coef-train 1 --dual-policy-enabled",
+}
+
+
+@pytest.mark.parametrize("script", VARIANTS)
+def test_a_short_run_of_the_command_line(script, tmp_path):
+    small = "--task cartpole-swingup --steps 60 --learning-starts 40 --log-freq 20 --eval-episodes 1 --num-envs 2 --no-compile "
+    small += "--batch-size 8 --enc-dim 32 --mlp-dim 32 --latent-dim 32 --num-samples 16 --num-elites 8 --num-pi-trajs 4 "
+    small += "--reanalyze-batch-size 2 --reanalyze-interval 5 --eval-freq 0"
+    command = [sys.executable, str(ROOT / script), *small.split(), *VARIANTS[script].split()]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert directory.name == f"cartpole-swingup__{script.removesuffix('.py')}__1"
+    tags = {line.split(",")[2] for line in (directory / "metrics.csv").read_text().splitlines()}
+    assert {"losses/latent_disagreement", "planner/return_disagreement", "losses/kl"} <= tags
+    assert ("losses/kl_between_policies" in tags) == (script == "bmpc_dual_policy.py")
+
+
+if __name__ == "__main__":
+    for older, sibling in PAIRS:
+        print(f'    "{sibling}": {{')
+        for seam, row in seam_table(older, sibling).items():
+            print(f"        {seam}: {row},")
+        print("    },")
+    sys.exit()
