@@ -166,7 +166,7 @@ class Args:
     num_enc_layers: Optional[int] = None
     """layers of the encoder, the last one included"""
     simnorm_dim: int = 8
-    """size of a SimNorm group (TD-MPC2, eq. 5)"""
+    """size of a SimNorm group (TD-MPC2)"""
     num_q: Optional[int] = None
     """value heads (official: 2)"""
     num_bins: int = 101
@@ -521,7 +521,7 @@ class Envs:
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|) (DreamerV3, eq. 9)."""
+    """sign(x) log(1 + |x|) (DreamerV3)."""
     return torch.sign(x) * torch.log1p(x.abs())
 
 
@@ -570,7 +570,7 @@ def mish(x: Tensor) -> Tensor:
 
 
 def simnorm(x: Tensor, group: int) -> Tensor:
-    """Softmax over groups of `group` neighbours (TD-MPC2, eq. 5): (..., L) -> (..., L)."""
+    """Softmax over groups of `group` neighbours (TD-MPC2): (..., L) -> (..., L)."""
     return x.unflatten(-1, (-1, group)).softmax(-1).flatten(-2)
 
 
@@ -923,7 +923,7 @@ def plan(
     low: float,
     high: float,
 ) -> Plan:
-    """Plans for S states at once (BMPC, section 3.1; MPPI as in TD-MPC2, section 3.2).
+    """Plans for S states at once (MPPI with policy proposals, as in TD-MPC2).
 
     z (S, L); mean (S, T, A): the previous plan's, shifted, or zero; low, high: the policy's range of log std. The same
     function acts, evaluates and reanalyzes, so one compiled graph does.
@@ -1024,7 +1024,7 @@ def draw_update(args: Args, action_dim: int, generator: torch.Generator, device)
 
 @torch.no_grad()
 def td_target(model: WorldModel, policy: MLP, z: Tensor, eps: Tensor, args: Args) -> Tensor:
-    """Value targets by imagination with the policy (BMPC, eq. 4): z (T, B, L), eps (R, td_horizon, T, B, A) -> (1, R, T, B).
+    """Value targets by imagination with the policy (BMPC: model-based TD-learning): z (T, B, L), eps (R, td_horizon, T, B, A) -> (1, R, T, B).
 
     y = sum_{k < td_horizon} gamma^k r_k + gamma^td_horizon V_target(z), V_target being the mean over value heads.
     """
@@ -1043,7 +1043,7 @@ def td_target(model: WorldModel, policy: MLP, z: Tensor, eps: Tensor, args: Args
 
 
 def world_model_loss(model: WorldModel, batch: Batch, draws: UpdateDraws, args: Args) -> tuple[Tensor, Tensor, dict]:
-    """Consistency, reward, value (and termination) losses along the model's rollout (TD-MPC2, eq. 3; BMPC, eq. 5).
+    """Consistency, reward, value (and termination) losses along the model's rollout (TD-MPC2: model objective).
 
     Returns the loss, the rollout's states without gradient (T, B, L) and metrics.
     """
@@ -1103,7 +1103,7 @@ def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
 def imitation_loss(
     policy: MLP, ema: Optional[MLP], scale: Tensor, z: Tensor, expert: Tensor, args: Args
 ) -> tuple[Tensor, Tensor, dict]:
-    """KL(policy || expert) / S at z (T, B, L), expert (T, B, 2, A), and its company (BMPC, eq. 3).
+    """KL(policy || expert) / S at z (T, B, L), expert (T, B, 2, A), and its company (BMPC: expert imitation).
 
     Returns the loss, the new S and metrics.
     """
@@ -1243,7 +1243,7 @@ def compiled(args: Args, device: torch.device) -> Functions:
 
 @torch.no_grad()
 def reanalyze(plan: Callable, model: WorldModel, buffer: ReplayBuffer, batch: Batch, args: Args, generator) -> Batch:
-    """Plans the first windows' states anew (BMPC, section 3.3: lazy reanalyze).
+    """Plans the first windows' states anew (BMPC: lazy reanalyze).
 
     The new experts replace the old ones in the buffer and in the returned batch.
     """

@@ -184,7 +184,7 @@ class Args:
     num_enc_layers: Optional[int] = None
     """layers of the encoder, the last one included"""
     simnorm_dim: int = 8
-    """size of a SimNorm group (TD-MPC2, eq. 5)"""
+    """size of a SimNorm group (TD-MPC2)"""
     num_q: Optional[int] = None
     """value heads (official: 2)"""
     num_bins: int = 101
@@ -250,7 +250,8 @@ class Args:
     reanalyze_use_chosen_action: bool = True
     """the expert's mean is the chosen action; off: the plan's mean (JAX). Sweep 2c: which target should the policy imitate?"""
     chosen_action_noise: bool = True
-    """the chosen action at collection is the executed one, exploration noise included; off: the drawn elite (official)"""
+    """the chosen action at collection is the executed one, exploration noise included; off: the drawn elite (official).
+    Goes with sweep 2c"""
     initial_expert_from_behavior: bool = True
     """a row's first expert is the plan that chose its action; off: a separate plan beside it. Sweep 2c: does the
     warm-started acting plan make a better first target?"""
@@ -331,6 +332,13 @@ class TaskInfo(NamedTuple):
     episode_length: Optional[int]
 
 
+def quietly(call: Callable):
+    """call(), without the warnings of simulators: no display, spaces without bounds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
 def resolve_env_id(task: str) -> str:
     """The Gymnasium id of a task: `dog-run` and `cup-catch` as TD-MPC2 spells them, or an id as it stands.
 
@@ -344,9 +352,7 @@ def resolve_env_id(task: str) -> str:
             raise Failure(f"the module {module!r} of the task cannot be imported: {e}") from e
     if task not in gym.registry:
         try:
-            import shimmy  # registers dm_control's tasks
-
-            gym.register_envs(shimmy)
+            gym.register_envs(quietly(lambda: importlib.import_module("shimmy")))  # registers dm_control's tasks
         except ImportError as e:
             raise Failure(f"dm_control cannot be imported ({e}); known to work together: {KNOWN_GOOD}") from e
     if task in gym.registry:
@@ -448,10 +454,11 @@ def digest(obs: np.ndarray, reward: float = 0.0, seen: int = 0) -> int:
 
 def make_env(env_id: str, action_repeat: int, index: int = 0, render: bool = False) -> gym.Env:
     """One environment: flat float32 observations, actions in [-1, 1], `action_repeat` simulator steps a decision."""
-    env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.DtypeObservation(env, np.float32)
+    env = quietly(lambda: gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True))
+    space = env.observation_space
+    infinity = np.full(gym.spaces.flatdim(space), np.inf, np.float32)
+    flat = gym.spaces.Box(-infinity, infinity, dtype=np.float32)
+    env = gym.wrappers.TransformObservation(env, lambda obs: gym.spaces.flatten(space, obs).astype(np.float32), flat)
     env = gym.wrappers.RescaleAction(ActionRepeat(env, action_repeat), np.float32(-1.0), np.float32(1.0))
     return Worker(env, index)
 
@@ -464,7 +471,7 @@ def probe(env_id: str, action_repeat: Optional[int]) -> tuple[int, TaskInfo]:
     if action_repeat is None:
         action_repeat = 2 if env_id.startswith("dm_control/") else 1
     try:
-        env = gym.make(env_id, disable_env_checker=True)
+        env = quietly(lambda: gym.make(env_id, disable_env_checker=True))
     except Exception as e:
         versions = {name: importlib.metadata.version(name) for name in KNOWN_GOOD}
         hint = "" if versions == KNOWN_GOOD else f"; installed {versions}, known to work together: {KNOWN_GOOD}"
@@ -555,7 +562,7 @@ class Envs:
 
 
 def symlog(x: Tensor) -> Tensor:
-    """sign(x) log(1 + |x|) (DreamerV3, eq. 9)."""
+    """sign(x) log(1 + |x|) (DreamerV3)."""
     return torch.sign(x) * torch.log1p(x.abs())
 
 
@@ -604,7 +611,7 @@ def mish(x: Tensor) -> Tensor:
 
 
 def simnorm(x: Tensor, group: int) -> Tensor:
-    """Softmax over groups of `group` neighbours (TD-MPC2, eq. 5): (..., L) -> (..., L)."""
+    """Softmax over groups of `group` neighbours (TD-MPC2): (..., L) -> (..., L)."""
     return x.unflatten(-1, (-1, group)).softmax(-1).flatten(-2)
 
 
@@ -841,15 +848,18 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Tensor]):
         """Restores a state into a ring of the same or a larger capacity."""
-        used, env = state["obs"].shape[1], torch.arange(self.num_envs)[:, None]
+        used, wrapped = state["obs"].shape[1], int(state["row"].max()) >= state["obs"].shape[1]
         if used > self.capacity:
             raise Failure(f"the checkpoint's {used} rows an environment are more than the {self.capacity} of these arguments")
         for name in self.ROWS:
-            entered = state["tail"] if name == "window" else state["row"] + 1  # what stands in the old ring, by its number
-            number = (entered - used).clamp(min=0)[:, None] + torch.arange(used)  # (E, used)
-            place = (self.base.cpu()[:, None] + number % self.capacity).flatten()
-            mine = getattr(self, name)
-            mine[place.to(mine.device)] = state[name][env, number % used].flatten(0, 1).to(mine.device)
+            theirs, mine = state[name], getattr(self, name).unflatten(0, (self.num_envs, -1))
+            if not wrapped or used == self.capacity:
+                mine[:, :used] = theirs.to(mine.device)
+                continue
+            entered = state["tail"] if name == "window" else state["row"] + 1  # a larger ring: by the numbers of what it holds
+            for env, last in enumerate(entered.tolist()):
+                number = torch.arange(max(0, last - used), max(last, used))
+                mine[env, (number % self.capacity).to(mine.device)] = theirs[env, number % used].to(mine.device)
         for name in self.COUNTERS:
             setattr(self, name, state[name].to(self.base.device))
 
@@ -977,7 +987,7 @@ def plan(
     high: float,
     std_coef: float,  # [V4] no default: who plans says what disagreement is worth
 ) -> Plan:
-    """Plans for S states at once (BMPC, section 3.1; MPPI as in TD-MPC2, section 3.2).
+    """Plans for S states at once (MPPI with policy proposals, as in TD-MPC2).
 
     z (S, L); mean (S, T, A): the previous plan's, shifted, or zero; low, high: the policy's range of log std. The same
     function acts, evaluates and reanalyzes, so one compiled graph does.
@@ -1093,7 +1103,7 @@ def draw_update(args: Args, action_dim: int, generator: torch.Generator, device,
 
 @torch.no_grad()
 def td_target(model: WorldModel, policy: MLP, z: Tensor, eps: Tensor, args: Args) -> Tensor:
-    """Value targets by imagination with the policy (BMPC, eq. 4): z (T, B, L), eps (R, td_horizon, T, B, A) -> (1, R, T, B).
+    """Value targets by imagination with the policy (BMPC: model-based TD-learning): z (T, B, L), eps (R, td_horizon, T, B, A) -> (1, R, T, B).
 
     y = sum_{k < td_horizon} gamma^k r_k + gamma^td_horizon V_target(z), V_target being the mean over value heads.
     [V6] The mean over dynamics heads; eps (H or 1, R, td_horizon, T, B, A). With local_td_bootstrap each value head has its
@@ -1116,7 +1126,7 @@ def td_target(model: WorldModel, policy: MLP, z: Tensor, eps: Tensor, args: Args
 
 
 def world_model_loss(model: WorldModel, batch: Batch, draws: UpdateDraws, args: Args) -> tuple[Tensor, Tensor, dict]:
-    """Consistency, reward, value (and termination) losses along the model's rollout (TD-MPC2, eq. 3; BMPC, eq. 5).
+    """Consistency, reward, value (and termination) losses along the model's rollout (TD-MPC2: model objective).
 
     Returns the loss, the rollout's states without gradient (T, B, L) and metrics.
     """
@@ -1178,7 +1188,7 @@ def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
 def imitation_loss(
     policy: MLP, ema: Optional[MLP], scale: Tensor, z: Tensor, expert: Tensor, args: Args
 ) -> tuple[Tensor, Tensor, dict]:
-    """KL(policy || expert) / S at z (T, B, L), expert (T, B, 2, A), and its company (BMPC, eq. 3).
+    """KL(policy || expert) / S at z (T, B, L), expert (T, B, 2, A), and its company (BMPC: expert imitation).
 
     Returns the loss, the new S and metrics.
     """
@@ -1341,7 +1351,7 @@ def compiled(args: Args, device: torch.device) -> Functions:
 def reanalyze(
     plan: Callable, model: WorldModel, buffer: ReplayBuffer, batch: Batch, args: Args, generator, variant: torch.Generator
 ) -> Batch:  # [V12]
-    """Plans the first windows' states anew (BMPC, section 3.3: lazy reanalyze).
+    """Plans the first windows' states anew (BMPC: lazy reanalyze).
 
     The new experts replace the old ones in the buffer and in the returned batch.
     """
@@ -1732,6 +1742,8 @@ def fill_in(args: Args) -> tuple[Args, TaskInfo]:
     sizes = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in MODEL_SIZES[args.model_size].items()}
     args = dataclasses.replace(args, env_id=env_id, action_repeat=action_repeat, discount=discount, **sizes)
     check_fit(args)
+    if task.episode_length is not None and task.episode_length < args.horizon:
+        raise Failure(f"an episode of {args.env_id} has {task.episode_length} decisions, less than the horizon of {args.horizon}")
     return args, task
 
 
@@ -1796,6 +1808,8 @@ def check_fit(args: Args):
         warn("--policy-value-std-coef does nothing without --dual-policy-enabled")
     if args.td_target_initial_source == "same" and args.imagine_initial_source == "replay_true":
         warn("--td-target-initial-source same does nothing: with --imagine-initial-source replay_true both are true states")
+    if not args.chosen_action_noise and not args.initial_expert_from_behavior:
+        warn("--no-chosen-action-noise does nothing with --no-initial-expert-from-behavior: the separate plan has no noise")
 
 
 def choose_device(args: Args) -> torch.device:

@@ -337,7 +337,9 @@ def draw_curve(axis, runs: list[Run], label: str, colour: str, bar_at: float, ta
         axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
     finals = measured(runs, final_return, tag)
     if len(finals) > 1:
-        axis.errorbar(bar_at, finals.mean(), half_width(finals), color=colour, linewidth=1.5, capsize=2.5, marker="o", markersize=3)
+        axis.errorbar(
+            bar_at, finals.mean(), half_width(finals), color=colour, linewidth=1.5, capsize=2.5, marker="o", markersize=3
+        )
 
 
 def plain_name(task: str) -> str:
@@ -482,25 +484,29 @@ def page(runs: list[Run], out: Path, reference: list[dict]) -> list[tuple]:
             blocks.append(("figure", f"figures/{sweep}.png", f"Learning curves of {sweep}"))
         for group in groups:
             blocks += [("p", f"**{group.task}**")] * (len(groups) > 1) + [table(group)] + diagnostics(group)
-    return blocks + [("h2", "How to read this"), *(("p", line) for line in NOTES)]
+    return blocks + [("h2", "How to read this"), *(("p", line) for line in NOTES.split("\n\n"))]
 
 
 def model_of(run: Run) -> str:
-    sizes = [f"{name} {run.args[name]}" for name in ("model_size", "enc_dim", "mlp_dim", "latent_dim", "num_q") if name in run.args]
+    sizes = [
+        f"{name} {run.args[name]}" for name in ("model_size", "enc_dim", "mlp_dim", "latent_dim", "num_q") if name in run.args
+    ]
     return f" ({', '.join(sizes)})" if sizes else ""
 
 
-NOTES = [
-    "Curves: evaluations with the planner, the mean over seeds in bold, the seeds as thin lines. The bars at the right are 95 % "
-    "t-intervals of the mean final return; from three seeds on each evaluation has its interval as a band. With two seeds "
-    "the t-interval reaches 12.7 standard errors to either side; the figure cuts it off.",
-    "Final return: mean of the last three evaluations. Area under the curve: divided by the steps, so it is a mean return. "
-    "Largest drop: the furthest an evaluation fell below an earlier one. ± is half a 95 % t-interval over seeds.",
-    "Difference: to the baseline, with a 95 % bootstrap interval over seeds. With two seeds a side this interval is narrow: "
-    "chance alone parts two pairs completely in one case of three. A difference counts as seen only if an exact permutation test, "
-    "corrected for the number of configurations (Holm), gives p of 0.05 or less, which takes at least four seeds a side.",
-    "Decisions a second: the median of charts/SPS. It depends on the machine and on what else ran there.",
-]
+NOTES = """\
+Curves: evaluations with the planner, the mean over seeds in bold, the seeds as thin lines. The bars at the right are 95 %
+t-intervals of the mean final return; from three seeds on each evaluation has its interval as a band. With two seeds the
+t-interval reaches 12.7 standard errors to either side; the figure cuts it off.
+
+Final return: mean of the last three evaluations. Area under the curve: divided by the steps, so it is a mean return.
+Largest drop: the furthest an evaluation fell below an earlier one. ± is half a 95 % t-interval over seeds.
+
+Difference: to the baseline, with a 95 % bootstrap interval over seeds. With two seeds a side this interval is narrow:
+chance alone parts two pairs completely in one case of three. A difference counts as seen only if an exact permutation
+test, corrected for the number of configurations (Holm), gives p of 0.05 or less, which takes at least four seeds a side.
+
+Decisions a second: the median of charts/SPS. It depends on the machine and on what else ran there."""
 
 
 def as_markdown(blocks: list[tuple]) -> str:

@@ -278,7 +278,9 @@ def test_the_page(lab):
     assert sections["Is it better? (2b_multihead)"] == "**not enough data**: 0 of 2 runs, baseline 2 of 2"
     row = re.search(r"^\| `utd_ratio_2` \| 2 of 2 .*", text, re.M)[0]
     assert "| 505.0 ± 63.5 | +395.0 [+380.0, +410.0] |" in row and row.endswith("| 30.0 ± 0.0 |")
-    assert re.search(r"\| configuration \| losses/own \|\n.*\n\| `utd_ratio_2` \| 9.0 ± 0.0 \|", text), "mean of the last quarter"
+    assert re.search(r"\| configuration \| losses/own \|\n.*\n\| `utd_ratio_2` \| 9.0 ± 0.0 \|", text), (
+        "mean of the last quarter"
+    )
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert [base64.b64decode(p) for p in pictures] == [
         (lab.folder / "page" / "figures" / f"{sweep}.png").read_bytes() for sweep in ("1_test", "2a_utd")

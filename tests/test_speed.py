@@ -15,7 +15,7 @@ import bmpc
 import bmpc_dual_policy
 import bmpc_multihead
 import plain
-from conftest import FakeEnvs, NeverStop, TASK, generator, make_batch, make_model, replace, same, small_args, start
+from conftest import FakeEnvs, NeverStop, TASK, generator, make_batch, make_model, small_args, start
 
 META = torch.device("meta")
 SCRIPTS = {

@@ -273,7 +273,9 @@ def test_the_document_agrees_with_the_folders():
     text = (plan / "ABLATION_SWEEPS.md").read_text()
     rows = re.findall(r"^\| (2[a-h]\w*) \|.*\| (\d+) \| (\d+) \|", text, re.M)
     assert {name: (int(configurations), int(runs)) for name, configurations, runs in rows} == {
-        sweep: (len(configurations), 2 * len(configurations)) for sweep, (_, configurations) in PLAN.items() if sweep != "1_test"
+        sweep: (len(configurations), 2 * len(configurations))
+        for sweep, (_, configurations) in PLAN.items()
+        if sweep != "1_test"
     }
     for folder in (path.parent for path in plan.glob("*/sweep.sh")):
         question = re.search(r'^question "(.*)"', (folder / "sweep.sh").read_text(), re.M)[1]
@@ -451,7 +453,9 @@ def test_two_invocations_share_the_runs(lab):
     status = lab.run("2a", "--status", *SMALL).stdout
     assert status.endswith("4 runs: 0 done, 2 running, 0 failed, 2 waiting\n")
     second = lab.run("2a", "--jobs", "2", *SMALL)  # its own two have no gate
-    assert second.returncode == 75 and second.stdout.count("elsewhere") == 2 and "2 done, 0 failed, 2 unfinished" in second.stdout
+    assert (
+        second.returncode == 75 and second.stdout.count("elsewhere") == 2 and "2 done, 0 failed, 2 unfinished" in second.stdout
+    )
     gate.touch()
     out, _ = first.communicate(timeout=60)
     assert first.returncode == 0 and out.count("skip ") == 2
@@ -542,7 +546,9 @@ def test_what_is_requeued(lab, code, restarts, state, requeued):
     assert (scontrol.read_text().split() if scontrol.exists() else []) == (["requeue", "71"] if requeued else [])
 
 
-@pytest.mark.skipif(shutil.which("sbatch") is None or os.geteuid() != 0, reason="a real SLURM needs root and sbatch (slurm-wlm)")
+@pytest.mark.skipif(
+    shutil.which("sbatch") is None or os.geteuid() != 0, reason="a real SLURM needs root and sbatch (slurm-wlm)"
+)
 def test_a_real_slurm(tmp_path):
     done = subprocess.run(
         ["bash", ROOT / "tests" / "slurm.sh", tmp_path], env=environment(), capture_output=True, text=True, timeout=300
