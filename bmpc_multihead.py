@@ -34,6 +34,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -339,7 +340,7 @@ def resolve_env_id(task: str) -> str:
     if task not in gym.registry:
         try:
             gym.register_envs(quietly(lambda: importlib.import_module("shimmy")))  # registers dm_control's tasks
-        except ImportError as e:
+        except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
             raise Failure(f"dm_control cannot be imported ({e}); known to work together: {KNOWN_GOOD}") from e
     if task in gym.registry:
         return module + colon + task  # gymnasium imports the module again where there is need
@@ -387,7 +388,7 @@ class Worker(gym.Wrapper):
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
-        self.index, self.frames, self.video = index, [], ""
+        self.index, self.frames, self.video, self.films = index, [], "", env.render_mode is not None
         if multiprocessing.parent_process() is not None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process alone decides when to stop
                 signal.signal(number, signal.SIG_IGN)
@@ -402,7 +403,7 @@ class Worker(gym.Wrapper):
             if terminated or truncated:
                 seen = -1  # an unfinished episode does not end: this one is another
                 break
-        self.video, self.frames = options.get("video", "") if self.render_mode else "", []
+        self.video, self.frames = options.get("video", "") if self.films else "", []
         self.film()
         return obs, {"digest": seen}
 
@@ -418,7 +419,7 @@ class Worker(gym.Wrapper):
             try:
                 self.frames.append(self.env.render())
             except Exception as e:  # whatever a graphics driver may raise: a video is not worth a run
-                self.video = ""
+                self.video, self.films = "", False  # a second try may end the process
                 print(f"warning: no video, rendering failed: {e!r}", file=sys.stderr, flush=True)
 
     def write_video(self):
@@ -506,7 +507,7 @@ class Envs:
     def reset(self, mask: np.ndarray, seeds: list[int], **options) -> tuple[np.ndarray, np.ndarray]:
         """Begins episodes where `mask` says so. Returns obs (E, O) and the digests (E,) of those that began."""
         obs, info = self.guard(lambda: self.vector.reset(seed=seeds, options=dict(options, reset_mask=mask.copy())))
-        self.check("observation", obs, mask)
+        self.check("an observation", obs, mask)
         return obs, info["digest"].astype(np.int64)
 
     def step_async(self, action: np.ndarray):
@@ -516,23 +517,24 @@ class Envs:
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,)."""
         obs, reward, terminated, truncated, _ = self.guard(self.vector.step_wait)
-        self.check("observation", obs)
-        self.check("reward", reward)
+        self.check("an observation", obs)
+        self.check("a reward", reward)
         return obs, reward, terminated, truncated
 
     def guard(self, call: Callable):
         try:
             return call()
-        except (EOFError, OSError) as e:  # the worker's end of the pipe is gone
+        except Exception as e:  # a worker's end of the pipe is gone, or gymnasium passes on what an environment raised
+            if isinstance(e, (EOFError, OSError)):
+                multiprocessing.connection.wait([p.sentinel for p in self.vector.processes], timeout=5)
             dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(self.vector.processes) if not p.is_alive()]
-            raise Failure(f"environment worker {', '.join(dead) or '?'} died: {type(e).__name__}", code=1) from e
-        except Exception as e:  # raised inside an environment and passed on by gymnasium
-            raise Failure(f"an environment failed: {type(e).__name__}: {e}", code=1) from e
+            what = f"environment worker {', '.join(dead)} died" if dead else "an environment failed"
+            raise Failure(f"{what}: {type(e).__name__}: {e}", code=1) from e
 
     def check(self, what: str, values: np.ndarray, mask: Optional[np.ndarray] = None):
         bad = ~np.isfinite(values).reshape(self.num_envs, -1).all(1) & (True if mask is None else mask)
         if bad.any():
-            raise Failure(f"environment {int(bad.argmax())} returned a {what} that is not finite", code=1)
+            raise Failure(f"environment {int(bad.argmax())} returned {what} that is not finite", code=1)
 
     def kill(self):
         """Ends the workers at once; they ignore SIGTERM, and a dead one could not answer a polite request."""
@@ -1777,7 +1779,8 @@ def choose_renderer():
         if found:
             os.environ["MUJOCO_GL"] = found[0]
         else:
-            warn("no display, and neither EGL nor OSMesa is installed: there may be no video")
+            warn("no display, and neither EGL nor OSMesa is installed: no video")
+            os.environ["MUJOCO_GL"] = "disable"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

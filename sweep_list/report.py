@@ -400,7 +400,7 @@ def draw_sweep(groups: list[Group], file: Path, reference: list[dict]) -> None:
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, figsize=size)
     for axis, (group, configuration) in zip(axes.flat, panels):
         alone = len(group.configurations) == 1 and group.is_baseline
-        words = ([group.task] if alone or len(groups) > 1 else []) + ([] if alone else [configuration.replace("__", ", ")])
+        words = [group.task] + ([] if alone else [configuration.replace("__", ", ")])
         draw_panel(axis, group, configuration, ": ".join(words), reference)
         same_task = [a for a, (g, _) in zip(axes.flat, panels) if g.task == group.task]
         lines = [line.get_ydata() for a in same_task for line in a.get_lines()]

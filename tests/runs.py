@@ -3,6 +3,7 @@
 import atexit
 import csv
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -28,24 +29,25 @@ class Zygote:
     started = None
 
     def __init__(self):
-        command = [sys.executable, str(TESTS / "zygote.py"), "bmpc"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen([sys.executable, str(TESTS / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.lock, self.answers, self.runs = threading.Lock(), queue.Queue(), {}
         threading.Thread(target=self.listen, daemon=True).start()
-        atexit.register(self.process.kill)
+        atexit.register(self.end)
         self.answers.get(timeout=PATIENCE)  # ready
 
     def listen(self):
-        ended = {}
         for line in self.process.stdout:
             answer = json.loads(line)
             if "ended" not in answer:
                 self.answers.put(answer)
                 continue
-            ended[answer["ended"]] = answer["code"]
             while (pid := answer["ended"]) not in self.runs:  # its start is still being noted down
                 time.sleep(0.001)
-            self.runs.pop(pid).codes.put(ended[pid])
+            self.runs.pop(pid).codes.put(answer["code"])
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
 
     def start(self, run: "Run", request: dict) -> int:
         with self.lock:
@@ -57,16 +59,23 @@ class Zygote:
 
 
 class Run:
-    """A started run."""
+    """A started run; a `fresh` one imports all by itself."""
 
-    def __init__(self, cwd: Path, argv: list[str], moments=(), environ=None, script: str = "bmpc"):
+    def __init__(self, cwd: Path, argv: list[str], moments=(), environ=None, script: str = "bmpc", fresh: bool = False):
         number = len(list(cwd.glob("stdout.*")))
         self.cwd, self.codes, self.code = cwd, queue.Queue(), None
         self.stdout, self.stderr = cwd / f"stdout.{number}", cwd / f"stderr.{number}"
         self.stdout.touch()
         request = {"cwd": str(cwd), "argv": argv, "script": script, "environ": environ or {}, "moments": list(moments)}
-        Zygote.started = Zygote.started or Zygote()
-        self.pid = Zygote.started.start(self, request | {"stdout": str(self.stdout), "stderr": str(self.stderr)})
+        request |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
+        if fresh:
+            command = [sys.executable, str(TESTS / "zygote.py"), json.dumps(request)]
+            process = subprocess.Popen(command, env=os.environ | request["environ"], start_new_session=True)
+            self.pid = process.pid
+            threading.Thread(target=lambda: self.codes.put(process.wait()), daemon=True).start()
+        else:
+            Zygote.started = Zygote.started or Zygote()
+            self.pid = Zygote.started.start(self, request)
 
     def wait(self) -> "Run":
         """Until it ended; `code` is its exit code, or minus the number of the signal that ended it."""

@@ -50,9 +50,10 @@ def test_a_decision_is_followed_by_exactly_utd_ratio_updates(tmp_path, monkeypat
 
 
 def test_utd_ratio_is_an_exact_decimal():
-    """0.1 as a float sum would lose updates: 0.1 x 30 is 3, not 2.9999."""
-    args = small_args(utd_ratio=0.1, num_envs=1, learning_starts=10)
-    assert [bmpc.updates_due(args, 10 + d) for d in (9, 10, 29, 30, 70, 1000)] == [0, 1, 2, 3, 7, 100]
+    """As a float, 0.29 x 100 is 28.999999999999996, and an update would be late."""
+    args = small_args(utd_ratio=0.29, num_envs=1, learning_starts=10)
+    assert [bmpc.updates_due(args, 10 + d) for d in (0, 3, 4, 100, 200)] == [0, 0, 1, 29, 58]
+    assert math.floor(100 * 0.29) == 28
 
 
 def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path, monkeypatch):

@@ -227,12 +227,11 @@ def test_all_flags_at_once_compile():
     check_compiled(m, {"policy_loss", "optimize"}, **flags, dual_policy_enabled=True, policy_value_std_coef=0.7)
 
 
-def test_a_reanalyze_coefficient_is_refused_beside_two_policies(monkeypatch, capsys):
-    flags = "--task Pendulum-v1 --dual-policy-enabled --reanalyze-value-std-coef 1".split()
-    monkeypatch.setattr("sys.argv", ["bmpc_dual_policy.py", *flags])
-    assert m.cli() == 2
-    error = capsys.readouterr().err.strip()
-    assert "--reanalyze-value-std-coef" in error and "\n" not in error
+def test_a_reanalyze_coefficient_is_refused_beside_two_policies():
+    args = m.parse_args("--task Pendulum-v1 --dual-policy-enabled --reanalyze-value-std-coef 1".split())
+    with pytest.raises(m.Failure) as failure:
+        m.fill_in(args)
+    assert failure.value.code == 2 and "--reanalyze-value-std-coef" in str(failure.value) and "\n" not in str(failure.value)
     with pytest.raises(m.Failure):
         small_training(m, **DUAL | dict(policy_value_std_coef=math.nan))
 

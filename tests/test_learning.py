@@ -124,6 +124,8 @@ def test_after_a_terminal_no_later_reward_counts(double):
     args = small_args(episodic=True, td_horizon=3)
     expected = [3.5, 2.5 + 0.9 * 3.5, 1.5 + 0.9 * 2.5 + 0.81 * 3.5]
     assert target(args, [3.5, 2.5, 1.5], ends=lambda z: z > 4) == pytest.approx(expected)
+    edge = lambda z: (z > 4) & (z < 5)  # the model walks on beyond the terminal, to states that are none
+    assert target(args, [3.5, 2.5, 1.5], ends=edge) == pytest.approx(expected)
 
 
 def test_the_termination_head_learns_what_ended_and_the_target_obeys(double):
@@ -173,7 +175,7 @@ def test_the_kl_of_the_loss_is_that_of_the_policy_under_the_widened_expert(doubl
     kl = 0.0
     for d, (m, s) in enumerate(((0.3, 0.1), (-0.2, 0.9))):
         kl += torch.log(torch.tensor(s / std[d])) + (std[d] ** 2 + (mean[d] - m) ** 2) / (2 * s**2) - 0.5
-    assert float(loss) == pytest.approx(float(kl) / 2) and float(scale) == 1.0
+    assert loss.item() == pytest.approx(float(kl) / 2) and scale.item() == 1.0
 
 
 def test_target_values_follow_by_tau(double):

@@ -184,10 +184,13 @@ def test_the_command_line_is_killed_asked_and_continued_from_outside(reference, 
 
 
 def test_compiled_too_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    flags = [*RUN, "--compile", "--steps", "34", "--eval-freq", "0", "--checkpoint-freq", "8"]
-    flags += ["--initial-expert-from-behavior", "--no-td-target-use-ema-policy", "--iterations", "1"]
-    assert finish(tmp_path / "whole", *flags).code == 0
-    killed_at(tmp_path / "killed", [("strike", "SIGKILL", "reanalyze", 2)], flags)
+    flags = "--compile --steps 34 --eval-freq 0 --checkpoint-freq 8 --iterations 1 --num-q 1 --learning-starts 12".split()
+    options = {"task": "toy:Toy-v0", "fresh": True}
+    assert finish(tmp_path / "whole", *flags, **options).code == 0
+    struck = finish(tmp_path / "killed", *flags, **options, moments=[("strike", "SIGKILL", "reanalyze", 3)])
+    assert struck.code == -signal.SIGKILL and gone(struck) and ", compiled" in struck.said(), struck
+    resumed = finish(tmp_path / "killed", *flags, **options)
+    assert resumed.code == 0 and "continuing at step 24" in resumed.said(), resumed
     assert lost(tmp_path / "whole", tmp_path / "killed") == []
 
 
@@ -502,7 +505,7 @@ OBSERVERS = {
 
 
 def test_observers_change_nothing(reference, tmp_path):
-    many = {"environ": {"MUJOCO_GL": "egl"}, "moments": [("hide", "wandb")]}
+    many = {"fresh": True, "moments": [("hide", "wandb")]}
     none, all_ = together(
         lambda: finish(tmp_path / "none", *RUN, *OBSERVERS["none"].split()),
         lambda: finish(tmp_path / "many", *RUN, *OBSERVERS["many"].split(), **many),
@@ -518,11 +521,17 @@ def test_observers_change_nothing(reference, tmp_path):
 @pytest.mark.parametrize("environ", [{"CXX": "nonexistent"}, {"CXX": "false"}], ids=["missing", "broken"])
 def test_without_a_compiler_a_run_goes_on_in_eager_mode(tmp_path, environ):
     environ = environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    run = finish(tmp_path, *TOY, "--compile", "--steps", "20", task="toy:Toy-v0", environ=environ)
+    run = finish(tmp_path, *TOY, "--compile", "--steps", "20", task="toy:Toy-v0", environ=environ, fresh=True)
     assert run.code == 0 and "no working compiler, going on in eager mode" in run.warned() and ", eager" in run.said(), run
 
 
 def test_without_a_renderer_a_run_goes_on_without_video(tmp_path):
     flags = [*TOY, "--steps", "20", "--eval-freq", "20", "--capture-video"]
     run = finish(tmp_path, *flags, task="toy:Toy-v0")
-    assert run.code == 0 and "warning: no video" in run.warned() and not list(tmp_path.rglob("*.mp4")), run
+    assert run.code == 0 and run.warned().count("warning: no video") == 1 and not list(tmp_path.rglob("*.mp4")), run
+
+
+def test_without_a_graphics_library_a_simulator_is_not_asked_to_render_twice(tmp_path):
+    flags = ["--action-repeat", "50", "--steps", "20", "--eval-freq", "10", "--capture-video"]
+    run = finish(tmp_path, *flags, environ={"MUJOCO_GL": "glfw", "DISPLAY": ":99"}, fresh=True)
+    assert run.code == 0 and run.warned().count("warning: no video") == 1, run

@@ -22,8 +22,8 @@ TAGS = set(  # what a run promises to log
     "eval/policy_episodic_return".split()
 )
 CARTPOLE = flags(  # episodes of 1000 simulator steps are 20 decisions
-    task="cartpole-swingup", action_repeat=50, num_envs=2, learning_starts=60, total_timesteps=260, eval_freq=150,
-    eval_episodes=2, log_freq=50, checkpoint_freq=100, reanalyze_interval=5, seed=2,
+    task="cartpole-swingup", action_repeat=50, num_envs=2, learning_starts=60, total_timesteps=260, eval_freq=151,
+    eval_episodes=2, log_freq=45, checkpoint_freq=100, reanalyze_interval=5, seed=2,
 )  # fmt: skip
 
 
@@ -67,11 +67,11 @@ def test_a_run_logs_every_promised_number_finite_and_nothing_else_it_did_not(car
 
 
 def test_events_fall_on_the_first_decision_that_reaches_a_multiple(cartpole):
-    """Two environments: evaluation at 0, 150 and at the end; losses every 50 after warm-up; an episode is 20 long."""
+    """Two decisions at a time: evaluation every 151, losses every 45, and both at the end; an episode is 20 long."""
     rows = metrics(cartpole[0])
     steps = lambda tag: [step for step, _, name, _ in rows if name == tag]
-    assert steps("eval/episodic_return") == steps("eval/policy_episodic_return") == [0, 150, 260]
-    assert steps("charts/SPS") == [50, 100, 150, 200, 250, 260]
+    assert steps("eval/episodic_return") == steps("eval/policy_episodic_return") == [0, 152, 260]
+    assert steps("charts/SPS") == [46, 90, 136, 180, 226, 260]
     assert steps("losses/policy") == steps("charts/SPS")[1:] == steps("planner/value")
     assert steps("charts/episodic_return") == [step for step in range(40, 260, 40) for _ in range(2)]
     assert {value for _, _, tag, value in rows if tag == "charts/episodic_length"} == {20.0}

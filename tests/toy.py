@@ -1,5 +1,6 @@
 """A toy environment, `--task toy:Toy-v0`, and others that fail in one way each."""
 
+import multiprocessing
 import os
 import time
 
@@ -10,16 +11,14 @@ import numpy as np
 class Toy(gym.Env):
     """A point on a line is pushed; the reward is larger near the middle. `after` steps in all, `happen` happens."""
 
+    metadata = {"render_modes": ["rgb_array"]}  # but it cannot
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(-2.0, 3.0, (2,), np.float32)
 
-    def __init__(self, happen: str = "", after: int = 0, ends=None, render_mode=None):
-        self.happen, self.after, self.ends, self.steps = happen, after, ends or {}, 0
-        self.made_in = os.getpid()
-        if happen == "unmade" and gym.envs.registration.current_namespace is None and os.getppid() == Toy.parent:
+    def __init__(self, happen: str = "", after: int = 0, render_mode=None):
+        if happen == "unmade" and multiprocessing.parent_process() is not None:
             raise RuntimeError("this simulator cannot be made")
-
-    parent = os.getpid()
+        self.happen, self.after, self.steps, self.render_mode = happen, after, 0, render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

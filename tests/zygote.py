@@ -2,7 +2,8 @@
 
 Reads one JSON request a line from stdin and forks; the child runs `cli()` of the script as `python bmpc.py ARGV` would,
 in a session of its own, with its own directory, output files, environment variables and, if asked, a moment at which
-something happens to it (moments.py). Answers on stdout: {"started": pid}, and {"ended": pid, "status": ...} at its end.
+something happens to it (moments.py). Answers on stdout: {"started": pid}, and {"ended": pid, "code": ...} at its end.
+With a request as its argument it becomes that run itself, for what depends on how a process begins.
 """
 
 import importlib
@@ -24,7 +25,8 @@ def answer(**message):
 
 def become(request: dict) -> int:
     """Turns this freshly forked process into the run that `request` describes. Returns its exit code."""
-    os.setsid()
+    if os.getsid(0) != os.getpid():
+        os.setsid()
     os.chdir(request["cwd"])
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -46,8 +48,7 @@ def main():
 
     import torch
 
-    for script in sys.argv[1:]:
-        importlib.import_module(script)
+    importlib.import_module("bmpc")
     torch.use_deterministic_algorithms(True)  # imports what takes long
     gymnasium.register_envs(shimmy)
     gymnasium.make("dm_control/cartpole-swingup-v0", disable_env_checker=True).close()  # imports dm_control
@@ -85,4 +86,5 @@ def main():
                 answer(ended=pid, code=os.waitstatus_to_exitcode(status))
 
 
-main()
+if __name__ == "__main__":
+    sys.exit(become(json.loads(sys.argv[1])) if len(sys.argv) > 1 else main())

@@ -1,0 +1,116 @@
+"""README tells the truth: its commands parse and run, its anchors point at what they name, its tags and flags exist."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+import bmpc
+from conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+INLINE = [code for code in re.findall(r"`([^`\n]+)`", TEXT) if re.match(r"(python|bash|pip|diff) ", code)]
+COMMANDS = [part.strip() for line in BLOCKS + INLINE for part in line.split("#")[0].split("&&") if part.strip()]
+TINY = shlex.split(
+    "--device cpu --no-compile --steps 48 --learning-starts 24 --num-envs 2 --batch-size 8 --reanalyze-batch-size 2 "
+    "--reanalyze-interval 4 --num-samples 12 --num-elites 4 --num-pi-trajs 2 --enc-dim 8 --mlp-dim 8 --latent-dim 8 --num-q 2 "
+    "--eval-freq 0 --iterations 1 --extra-iterations 0 --no-track"
+)
+
+
+def commands(start: str) -> list[str]:
+    found = sorted({c for c in COMMANDS if c.startswith(start)})
+    assert found, f"README has no command that starts with {start!r}"
+    return found
+
+
+def test_every_command_is_of_a_kind_that_is_tested():
+    kinds = ("python bmpc", "python tests/throughput.py", "python -m pytest tests", "bash sweeps.sh", "pip install", "diff ")
+    assert [c for c in COMMANDS if not c.startswith(kinds)] == []
+
+
+@pytest.mark.parametrize("command", commands("python bmpc"))
+def test_a_command_of_a_script_parses(command, monkeypatch):
+    script, *flags = shlex.split(command)[1:]
+    if flags == ["--help"]:
+        return
+    module = importlib.import_module(script.removesuffix(".py"))
+    args = tyro.cli(module.Args, args=flags)
+    assert args != module.Args() or not flags, "its flags change nothing"
+
+
+@pytest.mark.parametrize("command", [c for c in commands("python bmpc") if not re.search("--help|--evaluate|--resume", c)])
+def test_a_command_of_a_script_runs_at_a_tiny_size(command, tmp_path):
+    script, *flags = shlex.split(command)[1:]
+    given = [sys.executable, str(ROOT / script), *flags, *TINY]
+    ran = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("command", commands("bash sweeps.sh"))
+def test_a_command_of_the_sweeps_is_accepted(command, tmp_path):
+    words = [w for w in shlex.split(command) if w not in ("--slurm", "--status", "--report")]
+    cut = words.index("--") if "--" in words else len(words)
+    given = ["bash", str(ROOT / "sweeps.sh"), *words[2:cut], "--dry-run", *words[cut:]]
+    ran = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.count("\n") >= 2, ran.stderr
+
+
+def test_the_benchmark_knows_the_flags_it_is_given():
+    for command in commands("python tests/throughput.py"):
+        ran = subprocess.run([sys.executable, *shlex.split(command)[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0
+        assert all(flag in ran.stdout for flag in re.findall(r"--[a-z-]+", command))
+
+
+def test_files_that_are_named_exist():
+    for name in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", TEXT) + re.findall(r"`((?:tests|sweep_list|\.ci)/[\w./]+|\w+\.py|\w+\.sh)`", TEXT):
+        assert (ROOT / name).exists(), name
+
+
+def test_anchors_point_at_the_functions_they_name():
+    lines = {
+        node.name: node.lineno
+        for node in ast.walk(ast.parse((ROOT / "bmpc.py").read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    anchors = re.findall(r"\[`(\w+)`\]\(bmpc\.py#L(\d+)\)", TEXT)
+    assert len(anchors) >= 10
+    wrong = {name: f"L{line} should be L{lines.get(name)}" for name, line in anchors if lines.get(name) != int(line)}
+    assert not wrong
+
+
+def test_flags_that_are_named_exist():
+    known = {f.name.replace("_", "-") for m in ("bmpc", "bmpc_multihead", "bmpc_dual_policy")
+             for f in dataclasses.fields(importlib.import_module(m).Args)}  # fmt: skip
+    known |= {"task", "steps", "help", "dry-run", "status", "report", "slurm", "jobs", "gpus", "sbatch", "compare", "only"}
+    known |= {"partition", "gres", "time"}  # sbatch's
+    named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z][a-z-]+)", TEXT)}
+    assert named - known == set()
+
+
+def test_tags_that_are_named_are_logged():
+    source = (ROOT / "bmpc.py").read_text()
+    for tag in re.findall(r"`((?:charts|eval|losses|planner|time)/\w+)`", TEXT):
+        group, name = tag.split("/")
+        assert tag in source or (group == "time" and f'"{name}"' in source) or f'"{name}"' in source or f'losses["{name}"]' in source, tag
+
+
+def test_the_official_commands_numbers_are_those_of_the_departures():
+    command = next(c for c in commands("python bmpc.py") if "--no-normalize-rho-weights" in c)
+    args = tyro.cli(bmpc.Args, args=shlex.split(command)[2:])
+    official = dict(
+        num_envs=1, num_q=2, log_std_min=-3.0, log_std_max=1.0, reanalyze_log_std_min=-2.0, reanalyze_log_std_max=1.0,
+        consistency_coef=20.0, normalize_rho_weights=False, enc_lr_scale=0.3, min_std=0.05, eval_sample_elite=True,
+        chosen_action_noise=False, reanalyze_use_chosen_action=True, expert_std_scale=1.0, expert_std_min=0.0,
+        entropy_coef=1e-4, kl_reduction="mean",
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in official} == official
