@@ -2097,6 +2097,8 @@ def train(t: Training, p: Progress, envs: Envs, eval_envs: Optional[Envs], log: 
     try:
         while True:
             # Pretraining: when warm-up ends, the world model catches up with the decisions made so far
+            if p.global_step >= args.learning_starts and p.pretrained == 0 and not (t.buffer.tail > t.buffer.head).any():
+                raise Failure(f"warm-up held no {args.horizon} decisions of one episode; raise --learning-starts", code=2)
             while p.global_step >= args.learning_starts and p.pretrained < args.learning_starts and not stop.requested:
                 with watch("pretraining", exclude=True):
                     learn(t, p, Stopwatch(device), pretraining=True)

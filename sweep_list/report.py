@@ -273,9 +273,12 @@ def answer_for(group: Group) -> str:
     if min(len(runs) for runs in [*group.configurations.values(), group.baseline]) < 2:
         return "**not enough data**: one seed gives no interval."
     found = {name: verdict(differences) for name, differences in group.differences.items()}
+    lines = [f"**{name.capitalize()}: {text}" for name, text in found.items() if text]
     same = ", ".join(name for name in found if not found[name])
-    none = f"**No difference seen** in {same}: no configuration differs from the baseline by more than its interval."
-    return " ".join([*(f"**{name.capitalize()}: {text}" for name, text in found.items() if text), *([none] if same else [])])
+    if same:  # first if the final return is among them
+        none = f"**No difference seen** in {same}: no configuration differs from the baseline by more than its interval."
+        lines.insert(len(lines) if found["final return"] else 0, none)
+    return " ".join(lines)
 
 
 def verdict(differences: dict[str, Difference]) -> str:
@@ -401,7 +404,7 @@ def draw_sweep(groups: list[Group], file: Path, reference: list[dict]) -> None:
     for axis, (group, configuration) in zip(axes.flat, panels):
         alone = len(group.configurations) == 1 and group.is_baseline
         words = [group.task] + ([] if alone else [configuration.replace("__", ", ")])
-        draw_panel(axis, group, configuration, ": ".join(words), reference)
+        draw_panel(axis, group, configuration, "\n".join(words), reference)
         same_task = [a for a, (g, _) in zip(axes.flat, panels) if g.task == group.task]
         lines = [line.get_ydata() for a in same_task for line in a.get_lines()]
         top = max((max(line) for line in lines if len(line) > 1), default=1)  # a line of one point is a bar's end
@@ -422,10 +425,10 @@ def draw_sweep(groups: list[Group], file: Path, reference: list[dict]) -> None:
 # --- the page: a list of blocks, written as Markdown and as HTML -----------------------------------------------------
 
 
-def spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray, form: str = ".1f") -> str:
     if not len(values):
         return "-"
-    return f"{values.mean():.1f}" + (f" ± {half_width(values):.1f}" if len(values) > 1 else "")
+    return f"{values.mean():{form}}" + (f" ± {half_width(values):{form}}" if len(values) > 1 else "")
 
 
 def seeds_of(runs: list[Run]) -> str:
@@ -442,7 +445,7 @@ def table(group: Group) -> tuple:
             f"`{configuration}`", f"{count(runs)} of {len(runs)}",
             spread(measured(runs, final_return)), str(apart["final return"]),
             spread(measured(runs, area_under_curve)), str(apart["area under the curve"]),
-            spread(measured(runs, largest_drop)), spread(measured(runs, final_return, POLICY)), spread(measured(runs, median, SPEED)),
+            spread(measured(runs, largest_drop)), spread(measured(runs, final_return, POLICY)), spread(speeds(runs)),
         ])  # fmt: skip
     return "table", header, rows
 
@@ -454,7 +457,8 @@ def diagnostics(group: Group) -> list[tuple]:
     if not known or not tags:
         return []
     rows = [
-        [f"`{c}`", *(spread(measured(runs, last_quarter, tag)) for tag in tags)] for c, runs in group.configurations.items()
+        [f"`{c}`", *(spread(measured(runs, last_quarter, tag), ".3g") for tag in tags)]
+        for c, runs in group.configurations.items()
     ]
     return [("p", "Logged by these runs alone, mean of the last quarter:"), ("table", ["configuration", *tags], rows)]
 
@@ -463,8 +467,11 @@ def last_quarter(curve: np.ndarray) -> float:
     return float(curve[curve[:, 0] >= 0.75 * curve[-1, 0], 1].mean())
 
 
-def median(curve: np.ndarray) -> float:
-    return float(np.median(curve[:, 1]))
+def speeds(runs: list[Run]) -> np.ndarray:  # (finished seeds,), medians of decisions a second, without the quick warm-up
+    logged = [run.curve(SPEED) for run in runs if run.done]
+    begun = [run.args.get("learning_starts", 0) for run in runs if run.done]
+    learning = [curve[curve[:, 0] > start, 1] for curve, start in zip(logged, begun)]
+    return np.array([np.median(values) for values in learning if len(values)])
 
 
 def page(runs: list[Run], out: Path, reference: list[dict]) -> list[tuple]:
@@ -506,7 +513,7 @@ Difference: to the baseline, with a 95 % bootstrap interval over seeds. With two
 chance alone parts two pairs completely in one case of three. A difference counts as seen only if an exact permutation
 test, corrected for the number of configurations (Holm), gives p of 0.05 or less, which takes at least four seeds a side.
 
-Decisions a second: the median of charts/SPS. It depends on the machine and on what else ran there."""
+Decisions a second: the median of charts/SPS after the warm-up. It depends on the machine and on what else ran there."""
 
 
 def as_markdown(blocks: list[tuple]) -> str:

@@ -39,11 +39,13 @@ class Lab:
         directory.mkdir(parents=True)
         rows = [(step, report.PLANNER, value) for step, value in zip(STEPS, curve)]
         rows += [(step, report.POLICY, value) for step, value in zip(STEPS, policy or curve)]
-        rows += [(100 * i, report.SPEED, value) for i, value in enumerate(speed)]
+        rows += [(100 * i, report.SPEED, value) for i, value in enumerate((900, 900, *speed))]
         rows += [(step, tag, value) for tag, values in more for step, value in zip(STEPS, values)]
         text = "".join(f"{step},{2 * step},{tag},{value}\n" for step, tag, value in rows)
         (directory / "metrics.csv").write_text("global_step,env_steps,tag,value\n" + text)
-        (directory / "args.json").write_text(json.dumps({"env_id": task, "action_repeat": 2, "model_size": 5}))
+        (directory / "args.json").write_text(
+            json.dumps({"env_id": task, "action_repeat": 2, "model_size": 5, "learning_starts": 100})
+        )
         if done:
             (directory / "finished.json").write_text(json.dumps({"global_step": 400, "total_timesteps": 400}, indent=2))
         return self
@@ -146,6 +148,14 @@ def test_one_seed_is_not_enough(lab):
 def test_no_difference(lab):
     lab.seeds("1_test", "baseline", 100, 120).seeds("2a_utd", "utd_ratio_2", 110, 111).seeds("2a_utd", "utd_ratio_4", 99, 130)
     assert lab.answer("2a_utd").startswith("**No difference seen** in final return, area under the curve, largest drop")
+
+
+def test_the_final_return_comes_first(lab):
+    lab.seeds("1_test", "baseline", 100, 120)
+    for seed in (1, 2):  # a drop in the middle, the same end
+        lab.run("2a_utd", "utd_ratio_2", seed, [0, 300, 110, 110, 110 + seed])
+    text = lab.answer("2a_utd")
+    assert text.startswith("**No difference seen** in final return: ") and "**Largest drop: undecided.**" in text
 
 
 def test_two_seeds_apart_are_undecided(lab):
@@ -278,9 +288,7 @@ def test_the_page(lab):
     assert sections["Is it better? (2b_multihead)"] == "**not enough data**: 0 of 2 runs, baseline 2 of 2"
     row = re.search(r"^\| `utd_ratio_2` \| 2 of 2 .*", text, re.M)[0]
     assert "| 505.0 ± 63.5 | +395.0 [+380.0, +410.0] |" in row and row.endswith("| 30.0 ± 0.0 |")
-    assert re.search(r"\| configuration \| losses/own \|\n.*\n\| `utd_ratio_2` \| 9.0 ± 0.0 \|", text), (
-        "mean of the last quarter"
-    )
+    assert re.search(r"\| configuration \| losses/own \|\n.*\n\| `utd_ratio_2` \| 9 ± 0 \|", text), "mean of the last quarter"
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert [base64.b64decode(p) for p in pictures] == [
         (lab.folder / "page" / "figures" / f"{sweep}.png").read_bytes() for sweep in ("1_test", "2a_utd")
