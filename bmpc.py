@@ -471,7 +471,8 @@ class Envs:
         fns = [lambda i=i: make_env(env_id, action_repeat, i, render=film and i == 0) for i in range(num_envs)]
         self.num_envs, older = num_envs, multiprocessing.active_children()
         try:
-            self.vector = AsyncVectorEnv(fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
+            make = lambda: AsyncVectorEnv(fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
+            self.vector = quietly(make)
         except Exception as e:  # a worker could not make its environment; the others wait for ever
             for process in set(multiprocessing.active_children()) - set(older):
                 process.kill()
