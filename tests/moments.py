@@ -142,3 +142,14 @@ def full_disk(script, path: str, first: int, last: int, size: int):
 def hide(script, module: str):
     """Makes `import module` fail, as where it is not installed."""
     sys.modules[module] = None
+
+
+def compile_only(script, *names: str):
+    """With --compile, compiles these of the functions worth compiling and leaves the others as they are."""
+    compiled = script.compiled
+
+    def some(args, device):
+        functions = compiled(args, device)
+        return script.Functions(**{name: getattr(functions, name) for name in names})
+
+    script.compiled = some

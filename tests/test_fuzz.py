@@ -1,18 +1,17 @@
 """Command lines, replay contents and damaged checkpoints that nobody thought of."""
 
 import math
-import os
 import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import runs
 import torch
 from hypothesis import HealthCheck, given, settings
 
 import bmpc
-import runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]

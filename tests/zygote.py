@@ -45,7 +45,6 @@ def become(request: dict) -> int:
 def main():
     import gymnasium
     import shimmy
-
     import torch
 
     importlib.import_module("bmpc")
