@@ -539,12 +539,12 @@ class Envs:
     def guard(self, call: Callable):
         try:
             return call()
-        except Exception as e:  # a worker's end of the pipe is gone, or gymnasium passes on what an environment raised
-            if isinstance(e, (EOFError, OSError)):
-                multiprocessing.connection.wait([p.sentinel for p in self.vector.processes], timeout=5)
+        except (EOFError, OSError) as e:  # the worker's end of the pipe is gone
+            multiprocessing.connection.wait([p.sentinel for p in self.vector.processes], timeout=5)
             dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(self.vector.processes) if not p.is_alive()]
-            what = f"environment worker {', '.join(dead)} died" if dead else "an environment failed"
-            raise Failure(f"{what}: {type(e).__name__}: {e}", code=1) from e
+            raise Failure(f"environment worker {', '.join(dead) or '?'} died: {type(e).__name__}", code=1) from e
+        except Exception as e:  # raised inside an environment and passed on by gymnasium
+            raise Failure(f"an environment failed: {type(e).__name__}: {e}", code=1) from e
 
     def check(self, what: str, values: np.ndarray, mask: Optional[np.ndarray] = None):
         bad = ~np.isfinite(values).reshape(self.num_envs, -1).all(1) & (True if mask is None else mask)
