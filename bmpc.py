@@ -314,7 +314,8 @@ def resolve_env_id(task: str) -> str:
         try:
             gym.register_envs(quietly(lambda: importlib.import_module("shimmy")))  # registers dm_control's tasks
         except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
-            raise Failure(f"dm_control cannot be imported ({e}); known to work together: {KNOWN_GOOD}") from e
+            reason = str(e).partition("\n")[0]
+            raise Failure(f"dm_control cannot be imported ({reason}); known to work together: {KNOWN_GOOD}") from e
     if task in gym.registry:
         return module + colon + task  # gymnasium imports the module again where there is need
     domain, _, name = task.removeprefix("dm_control/").removesuffix("-v0").partition("-")
