@@ -92,7 +92,7 @@ def test_flags_that_are_named_exist():
              for f in dataclasses.fields(importlib.import_module(m).Args)}  # fmt: skip
     known |= {"task", "steps", "help", "dry-run", "status", "report", "slurm", "jobs", "gpus", "sbatch", "compare", "only"}
     known |= {"partition", "gres", "time"}  # sbatch's
-    named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z][a-z-]+)", TEXT)}
+    named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z]+(?:-[a-z]+)*)(?![\w-])", TEXT)}
     assert named - known == set()
 
 
