@@ -141,13 +141,11 @@ def bench_update(bench, device, mode, options):
     cases = [("update", bmpc, {}, 1), ("4 updates (utd 4)", bmpc, {}, 4), ("update, num_rollouts 4", bmpc, {"num_rollouts": 4}, 1)]
     cases += [("update, 2 dynamics heads", bmpc_multihead, {"planner_num_dynamics_heads": 2}, 1)]
     for name, script, changes, count in cases:
-        t, p, args = make(script, device, mode == "compiled", num_q=options.num_q, **changes)
+        t, p, args = make(script, device, mode == "compiled", num_q=options.num_q, reanalyze_interval=0, **changes)
 
         def updates():
             for _ in range(count):
-                draws = script.draw_update(args, A, t.draws["learn"], device)
-                batch = t.buffer.sample(draws.window)
-                script.update(t.functions, t.model, t.optimizers, batch, draws, args, False)
+                script.learn(t, p, script.Stopwatch(device), pretraining=False)
 
         bench.time(name, mode, updates, count * flops(args, heads=2 if changes.get("planner_num_dynamics_heads") else 1)["update"])
 
