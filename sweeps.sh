@@ -9,12 +9,13 @@
 #
 #   --dry-run        print the commands, one a line, and run nothing
 #   --status         print which runs are done, running, failed and waiting
-#   --report         write runs/report/report.md and report.html; --reference CSV draws published curves behind
+#   --report         write runs/report/report.md and report.html; --reference CSV draws published curves behind,
+#                    --export DIR keeps the finished runs' curves, commands and versions in DIR, and the report there
 #   --slurm          submit a job array; --sbatch "--partition=gpu --gres=gpu:1 --time=24:00:00" is handed to sbatch
 #   --jobs N         runs at a time (here 1, with --slurm no limit)
 #   --gpus 0,1,..    share these GPUs among the runs of this machine, one after the other
 #
-# For scripts: SWEEPS_NAMES, SWEEPS_FLAGS, SWEEPS_MODE (dry-run, status, report, slurm), SWEEPS_REFERENCE,
+# For scripts: SWEEPS_NAMES, SWEEPS_FLAGS, SWEEPS_MODE (dry-run, status, report, slurm), SWEEPS_REFERENCE, SWEEPS_EXPORT,
 # SWEEPS_SBATCH, SWEEPS_JOBS and SWEEPS_GPUS say the same, PYTHON names the interpreter.
 #
 # Runs are kept under runs/ of the current directory, their output in runs/logs/. The same command again skips what is
@@ -269,14 +270,18 @@ slurm_task() {
 read -ra names <<<"${SWEEPS_NAMES-}"
 read -ra extra <<<"${SWEEPS_FLAGS-}"
 mode=${SWEEPS_MODE:-run} jobs=${SWEEPS_JOBS-} gpus=${SWEEPS_GPUS-} sbatch_options=${SWEEPS_SBATCH-} reference=${SWEEPS_REFERENCE-}
+export_to=${SWEEPS_EXPORT-}
 while (($#)); do
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
     -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --dry-run | --status | --report | --slurm) mode=${1#--} ;;
-    --jobs | --gpus | --sbatch | --reference)
+    --jobs | --gpus | --sbatch | --reference | --export)
       (($# > 1)) || die "$1 needs a value"
-      case $1 in --jobs) jobs=$2 ;; --gpus) gpus=$2 ;; --sbatch) sbatch_options=$2 ;; *) reference=$2 ;; esac
+      case $1 in
+        --jobs) jobs=$2 ;; --gpus) gpus=$2 ;; --sbatch) sbatch_options=$2 ;;
+        --reference) reference=$2 ;; --export) export_to=$2 ;;
+      esac
       shift ;;
     --) extra+=("${@:2}"); break ;;
     -*) die "unknown option $1; bash sweeps.sh --help lists them, flags of the runs come after --" ;;
@@ -305,7 +310,7 @@ done
 case $mode in
   dry-run) printf '%s\n' "${records[@]##*$'\t'}" ;;
   status) printf '%s\n' "${records[@]}" | "$python" "$lists/report.py" --status ;;
-  report) printf '%s\n' "${records[@]}" | "$python" "$lists/report.py" ${reference:+--reference "$reference"} ;;
+  report) printf '%s\n' "${records[@]}" | "$python" "$lists/report.py" ${reference:+--reference "$reference"} ${export_to:+--export "$export_to"} ;;
   slurm) mkdir -p runs/logs && submit ;;
   run) mkdir -p runs/logs && run_here ;;
 esac

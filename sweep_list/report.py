@@ -4,9 +4,12 @@
     bash sweeps.sh all --report                      runs/report/report.md and report.html
     bash sweeps.sh all --report --reference CSV      with published curves behind (columns algo, task, env_steps,
                                                      return_mean, return_lcb, return_ucb)
+    bash sweeps.sh all --report --export DIR         what is worth keeping of the finished runs: a CSV of returns for each,
+                                                     commands and versions in runs.json, and the page made of them
+    python sweep_list/report.py --replot DIR         that page once more, from the CSVs alone
 
 The list of runs comes from sweeps.sh on standard input, one a line, its fields separated by tabs. The numbers come from
-each run's metrics.csv. Sections: runs and their metrics, status, statistics, answers, figures, the page.
+each run's metrics.csv. Sections: runs and their metrics, kept runs, status, statistics, answers, figures, the page.
 """
 
 import argparse
@@ -41,6 +44,7 @@ class Run:
     configuration: str
     seed: int
     question: str
+    command: str
 
     @property
     def task(self) -> str:
@@ -87,8 +91,8 @@ class Run:
 def read_runs(lines) -> list[Run]:
     runs = []
     for line in lines:
-        directory, steps, sweep, baseline, configuration, seed, question, _command = line.rstrip("\n").split("\t")
-        runs.append(Run(Path(directory), int(steps), sweep, baseline, configuration, int(seed), question))
+        directory, steps, sweep, baseline, configuration, seed, question, command = line.rstrip("\n").split("\t")
+        runs.append(Run(Path(directory), int(steps), sweep, baseline, configuration, int(seed), question, command))
     return runs
 
 
@@ -119,6 +123,52 @@ def is_locked(file: Path, function, *how) -> bool:
         return False
     except OSError:
         return True
+
+
+# --- kept runs: the returns and the origin of finished ones, small enough to commit ----------------------------------
+
+RETURNS = {"planner_return": PLANNER, "policy_return": POLICY}
+ABOUT = ("steps", "sweep", "baseline", "configuration", "seed", "question")
+SHOWN_ARGS = ("action_repeat", "model_size", "enc_dim", "mlp_dim", "latent_dim", "num_q")
+
+
+def keep(runs: list[Run], folder: Path) -> None:
+    """Writes NAME.csv (global_step, env_steps and returns) for each finished run, and runs.json with what it came from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {}
+    for run in sorted((run for run in runs if run.done), key=lambda run: run.directory.name):
+        returns = [dict(run.curve(tag)) for tag in RETURNS.values()]
+        with open(folder / f"{run.directory.name}.csv", "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["global_step", "env_steps", *RETURNS])
+            for step in sorted(set().union(*returns)):
+                row = [f"{curve[step]:.6g}" if step in curve else "" for curve in returns]
+                writer.writerow([f"{step:.0f}", f"{step * run.args['action_repeat']:.0f}", *row])
+        starts = json.loads((run.directory / "versions.json").read_text())
+        last = {key: value for key, value in starts[-1].items() if key != "command"}
+        about[run.directory.name] = {
+            **{key: getattr(run, key) for key in ABOUT},
+            "command": re.sub(r"^\S+ (\S*/)?", "python ", run.command),  # no interpreter's and no script's folder
+            "args": {key: run.args[key] for key in SHOWN_ARGS if key in run.args},
+            "decisions_a_second": [round(float(speed), 1) for speed in speeds([run])],
+            "versions": last,
+        }
+    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in about.items()]  # a line for each run
+    (folder / "runs.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def kept(folder: Path) -> list[Run]:
+    """The runs that `keep` wrote, with their returns as their only metrics."""
+    runs = []
+    for name, about in json.loads((folder / "runs.json").read_text()).items():
+        run = Run(folder / name, *(about[key] for key in ABOUT), about["command"])
+        rows = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
+        points = {tag: [(float(r["global_step"]), float(r[key])) for r in rows if r[key]] for key, tag in RETURNS.items()}
+        points[SPEED] = [(run.steps, speed) for speed in about["decisions_a_second"]]
+        run.metrics = {tag: np.array(values) for tag, values in points.items() if values}
+        run.args, run.done = about["args"], True
+        runs.append(run)
+    return sorted(runs, key=lambda run: (run.sweep, run.configuration, run.task, run.seed))
 
 
 # --- status ----------------------------------------------------------------------------------------------------------
@@ -575,21 +625,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--status", action="store_true", help="print the table of states and stop")
     parser.add_argument("--reference", type=Path, help="CSV of published curves, drawn behind")
+    parser.add_argument("--export", type=Path, help="keep the finished runs' returns here, and write the page here")
+    parser.add_argument("--replot", type=Path, help="write the page of kept runs once more")
     parser.add_argument("--out", type=Path, default=Path("runs/report"), help="where the page is written")
     options = parser.parse_args()
-    runs = read_runs(sys.stdin)
-    if options.status:
-        return print_status(runs)
     try:
+        runs = kept(options.replot) if options.replot else read_runs(sys.stdin)
+        if options.status:
+            return print_status(runs)
         reference = read_reference(options.reference)
     except (OSError, ValueError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         sys.exit(2)
+    options.out = options.replot or options.export or options.out
+    if options.export:
+        keep(runs, options.export)
+        runs = kept(options.export)
     options.out.mkdir(parents=True, exist_ok=True)
     blocks = page(runs, options.out, reference)
     (options.out / "report.md").write_text(as_markdown(blocks))
-    (options.out / "report.html").write_text(as_html(blocks, options.out))
-    print(f"{options.out / 'report.md'}\n{options.out / 'report.html'}")
+    print(options.out / "report.md")
+    if options.out not in (options.replot, options.export):  # kept runs are read where Markdown is
+        (options.out / "report.html").write_text(as_html(blocks, options.out))
+        print(options.out / "report.html")
 
 
 if __name__ == "__main__":

@@ -307,6 +307,39 @@ def test_a_bad_reference_is_one_line(lab, text):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "reference.csv" in done.stderr
 
 
+def test_kept_runs(lab):
+    """A CSV of returns for each finished run, its command and versions; the page made of them is the runs' own page."""
+    lab.seeds("1_test", "baseline", 100, 120, 130).seeds("2a_utd", "utd_ratio_2", 500, 510, 505)
+    lab.run("2a_utd", "utd_ratio_4", 1, [0, 1, 2, 3, 4], done=False)
+    lab.lines = [line.replace("python bmpc.py", f"/some/where/python {ROOT}/bmpc.py --utd-ratio 2") for line in lab.lines]
+    for directory in (lab.folder / "runs").iterdir():
+        (directory / "versions.json").write_text(
+            json.dumps([{"torch": "1"}, {"command": ["bmpc.py"], "torch": "2", "git_commit": "abc"}])
+        )
+    folder = lab.folder / "results"
+    assert lab.page("--export", folder).returncode == 0
+    names = {directory.name for directory in (lab.folder / "runs").iterdir() if (directory / "finished.json").exists()}
+    assert {file.stem for file in folder.glob("*.csv")} == names and len(names) == 6
+    assert (folder / "dog-run__bmpc__2__2a_utd__utd_ratio_2.csv").read_text() == (
+        "global_step,env_steps,planner_return,policy_return\n"
+        "0,0,0,0\n100,200,255,255\n200,400,510,510\n300,600,510,510\n400,800,510,510\n"
+    )
+    text = (folder / "runs.json").read_text()
+    about = json.loads(text)["dog-run__bmpc__2__2a_utd__utd_ratio_2"]
+    assert about["command"] == "python bmpc.py --utd-ratio 2" and about["versions"] == {"torch": "2", "git_commit": "abc"}
+    assert str(ROOT) not in text and str(lab.folder) not in text
+
+    first = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    page = first[Path("report.md")].decode()
+    assert "6 of 6 runs are done" in page and "| 505.0 ± 12.4 |" in page and "| 60.0 ± 0.0 |" in page
+    for file in [folder / "report.md", *folder.glob("figures/*")]:
+        file.unlink()
+    shutil.rmtree(lab.folder / "runs")
+    assert lab.page("--replot", folder).returncode == 0
+    assert {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()} == first
+    assert lab.page("--replot", lab.folder / "nowhere").returncode == 2
+
+
 def test_reached_from_sweeps(tmp_path):
     """At another task and size, in a directory with a space; the baseline comes in by itself."""
     project, work = tmp_path / "a project", tmp_path / "my runs"

@@ -250,14 +250,15 @@ def test_extra_flags_reach_every_run_and_win():
 
 def test_small_ablations_are_the_plan_at_the_small_size():
     """Each of the plan's 48 runs, with the small settings and nothing else changed."""
-    small = {line for line in (ROOT / "sweep_list/0_cpu/settings.sh").read_text().splitlines() if line.startswith("flags ")}
-    words = shlex.split(" ".join(line.split("#")[0].removeprefix("flags ") for line in small))
+    said = [(ROOT / "sweep_list/0_cpu" / file).read_text() for file in ("settings.sh", "0_ablations/sweep.sh")]
+    words = shlex.split(" ".join(re.findall(r"^flags ([^#\n]*)", "\n".join(said), re.M)))
     got, expected = [], []
     for line in dry_run("0_ablations"):
         script, fields = parse(line)
         got.append((script, fields | {"run_name": fields["run_name"].removeprefix("0_ablations__")}))
     for line in dry_run("all", "1_test"):
-        expected.append(parse(f"{line} {shlex.join(words)} --task cartpole-swingup"))
+        expected.append(parse(f"{line} {shlex.join(words)}"))
+    assert {"--steps", "--task", "--mlp-dim"} <= set(words)
     order = str
     assert sorted(got, key=order) == sorted(expected, key=order)
 
@@ -309,8 +310,8 @@ def test_lines_run_as_they_stand(lab):
     "arguments, words",
     [
         ([], "which sweep"),
-        (["2z"], "0_ablations 0_baseline 1_test 2a_utd 2b_multihead"),
-        (["0"], "2 sweeps"),
+        (["2z"], "0_ablations 0_baseline 0_dog_run 1_test 2a_utd 2b_multihead"),
+        (["0"], "3 sweeps"),
         (["2a", "--jobs", "0"], "--jobs"),
         (["2a", "--jobs"], "--jobs"),
         (["2a", "--gpus", "0,"], "--gpus"),
@@ -345,7 +346,7 @@ def test_environment_variables_say_the_same():
 
 def test_help():
     text = sweeps("--help").stdout
-    options = ["--dry-run", "--status", "--report", "--slurm", "--sbatch", "--jobs", "--gpus", "--reference"]
+    options = ["--dry-run", "--status", "--report", "--slurm", "--sbatch", "--jobs", "--gpus", "--reference", "--export"]
     assert all(option in text for option in options) and "set -euo" not in text
 
 
