@@ -1833,6 +1833,18 @@ def choose_device(args: Args) -> torch.device:
     return device
 
 
+def keep_freed_memory():
+    """Lets glibc keep what tensors free for the next ones: returned to the system, every page is mapped and zeroed anew.
+
+    Does nothing where there is another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h; 32 MiB is the most it takes for the second
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
 def choose_renderer():
     """MuJoCo's renderer, before it is imported: EGL or OSMesa where there is no display."""
     if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
@@ -2040,6 +2052,8 @@ def capacity(args: Args, task: TaskInfo) -> int:
 
 def set_up(args: Args, task: TaskInfo, device: torch.device) -> tuple[Training, Progress]:
     """A run at its beginning."""
+    if device.type == "cpu":
+        keep_freed_memory()
     init = make_generator(args.seed, "init", torch.device("cpu"))  # the same weights on every device
     model = WorldModel(task, args, init).to(device)
     experts = 2 if args.dual_policy_enabled else 1  # [V11]
