@@ -33,6 +33,7 @@ def commands(start: str) -> list[str]:
 
 def test_every_command_is_of_a_kind_that_is_tested():
     kinds = ("python bmpc", "python tests/throughput.py", "python -m pytest tests", "bash sweeps.sh", "pip install", "diff ")
+    kinds += ("python sweep_list/report.py",)
     assert [c for c in COMMANDS if not c.startswith(kinds)] == []
 
 
@@ -70,8 +71,15 @@ def test_the_benchmark_knows_the_flags_it_is_given():
         assert all(flag in ran.stdout for flag in re.findall(r"--[a-z-]+", command))
 
 
+def test_the_report_knows_the_flags_it_is_given():
+    for command in commands("python sweep_list/report.py"):
+        _python, script, flag, folder = shlex.split(command)
+        ran = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        assert flag in ran.stdout and (ROOT / folder / "runs.json").exists()
+
+
 def test_files_that_are_named_exist():
-    for name in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", TEXT) + re.findall(r"`((?:tests|sweep_list|\.ci)/[\w./]+|\w+\.py|\w+\.sh)`", TEXT):
+    for name in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", TEXT) + re.findall(r"`((?:tests|sweep_list|results|\.ci)/[\w./]+|\w+\.py|\w+\.sh)`", TEXT):
         assert (ROOT / name).exists(), name
 
 
@@ -90,14 +98,14 @@ def test_anchors_point_at_the_functions_they_name():
 def test_flags_that_are_named_exist():
     known = {f.name.replace("_", "-") for m in ("bmpc", "bmpc_multihead", "bmpc_dual_policy")
              for f in dataclasses.fields(importlib.import_module(m).Args)}  # fmt: skip
-    known |= {"task", "steps", "help", "dry-run", "status", "report", "slurm", "jobs", "gpus", "sbatch", "compare", "only"}
+    known |= {"task", "steps", "help", "dry-run", "status", "report", "slurm", "jobs", "gpus", "sbatch", "compare", "only", "modes", "export", "replot"}
     known |= {"partition", "gres", "time"}  # sbatch's
     named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z]+(?:-[a-z]+)*)(?![\w-])", TEXT)}
     assert named - known == set()
 
 
 def test_tags_that_are_named_are_logged():
-    source = (ROOT / "bmpc.py").read_text()
+    source = "".join((ROOT / f"{script}.py").read_text() for script in ("bmpc", "bmpc_multihead", "bmpc_dual_policy"))
     for tag in re.findall(r"`((?:charts|eval|losses|planner|time)/\w+)`", TEXT):
         group, name = tag.split("/")
         assert tag in source or (group == "time" and f'"{name}"' in source) or f'"{name}"' in source or f'losses["{name}"]' in source, tag

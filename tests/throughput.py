@@ -28,9 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 import bmpc  # noqa: E402
+import bmpc_dual_policy  # noqa: E402
 import bmpc_multihead  # noqa: E402
 
 OBS, A = 223, 38  # dog-run
+TWO_HEADS = {"planner_num_dynamics_heads": 2}
 
 
 def flops(args, heads: int = 1) -> dict[str, float]:
@@ -142,7 +144,8 @@ def bench_update(bench, device, mode, options):
     if mode == "plain":
         return
     cases = [("update", bmpc, {}, 1), ("4 updates (utd 4)", bmpc, {}, 4), ("update, num_rollouts 4", bmpc, {"num_rollouts": 4}, 1)]
-    cases += [("update, 2 dynamics heads", bmpc_multihead, {"planner_num_dynamics_heads": 2}, 1)]
+    cases += [("update, 2 dynamics heads", bmpc_multihead, TWO_HEADS, 1)]
+    cases += [("update, 2 heads, 2 policies", bmpc_dual_policy, TWO_HEADS | {"dual_policy_enabled": True}, 1)]
     for name, script, changes, count in cases:
         t, p, args = make(script, device, mode == "compiled", num_q=options.num_q, reanalyze_interval=0, **changes)
 
@@ -156,9 +159,11 @@ def bench_update(bench, device, mode, options):
 def bench_heads(bench, device, mode, options):
     if mode == "plain":
         return
-    t, p, args = make(bmpc_multihead, device, mode == "compiled", num_q=options.num_q, planner_num_dynamics_heads=2)
-    act = lambda: bmpc_multihead.act(t.functions.plan, t.model, t.buffer, p.mean, args, t.draws)
-    bench.time("act, 4 environments, 2 heads", mode, act, 4 * flops(args, heads=2)["plan"])
+    cases = [("2 heads", bmpc_multihead, {}, 1), ("2 heads, 2 policies", bmpc_dual_policy, {"dual_policy_enabled": True}, 2)]
+    for name, script, changes, plans in cases:  # each policy's expert is a plan of its own
+        t, p, args = make(script, device, mode == "compiled", num_q=options.num_q, **TWO_HEADS, **changes)
+        act = lambda: script.act(t.functions.plan, t.model, t.buffer, p.mean, args, t.draws)
+        bench.time(f"act, {args.num_envs} envs, {name}", mode, act, args.num_envs * plans * flops(args, heads=2)["plan"])
 
 
 def bench_sample(bench, device, mode, options):
