@@ -133,10 +133,14 @@ SHOWN_ARGS = ("action_repeat", "model_size", "enc_dim", "mlp_dim", "latent_dim",
 
 
 def keep(runs: list[Run], folder: Path) -> None:
-    """Writes NAME.csv (global_step, env_steps and returns) for each finished run, and runs.json with what it came from."""
+    """Writes NAME.csv (global_step, env_steps and returns) for each finished run, and runs.json with what it came from.
+
+    What the folder holds of other runs stays.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    about = {}
-    for run in sorted((run for run in runs if run.done), key=lambda run: run.directory.name):
+    index = folder / "runs.json"
+    about = json.loads(index.read_text()) if index.exists() else {}
+    for run in (run for run in runs if run.done):
         returns = [dict(run.curve(tag)) for tag in RETURNS.values()]
         with open(folder / f"{run.directory.name}.csv", "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -153,8 +157,8 @@ def keep(runs: list[Run], folder: Path) -> None:
             "decisions_a_second": [round(float(speed), 1) for speed in speeds([run])],
             "versions": last,
         }
-    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in about.items()]  # a line for each run
-    (folder / "runs.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(about.items())]  # a line for each run
+    index.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def kept(folder: Path) -> list[Run]:

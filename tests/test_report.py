@@ -334,7 +334,11 @@ def test_kept_runs(lab):
     assert "6 of 6 runs are done" in page and "| 505.0 ± 12.4 |" in page and "| 60.0 ± 0.0 |" in page
     for file in [folder / "report.md", *folder.glob("figures/*")]:
         file.unlink()
+    for directory in (lab.folder / "runs").glob("*utd_ratio*"):
+        shutil.rmtree(directory)
+    assert lab.page("--export", folder).returncode == 0, "what is kept of runs that are gone stays"
     shutil.rmtree(lab.folder / "runs")
+    (folder / "report.md").unlink()
     assert lab.page("--replot", folder).returncode == 0
     assert {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()} == first
     assert lab.page("--replot", lab.folder / "nowhere").returncode == 2

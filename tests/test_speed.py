@@ -196,7 +196,7 @@ def test_acting_learning_and_sampling_never_read_the_device(script, changes):
 def test_the_meta_device_does_catch_a_hidden_synchronisation(monkeypatch):
     honest = bmpc.score
     monkeypatch.setattr(bmpc, "score", lambda rewards, values: honest(rewards, values) if values.sum() > 0 else honest(rewards, values))
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         everything(bmpc, bmpc.Functions(), small_args(device="meta"), META)
 
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The whole plan, baseline included: the plan's own folders, so small that its 48 runs take half an hour on two cores.
+# The whole plan, baseline included: the plan's own folders, at a tiny size.
 # A rehearsal: it shows that every configuration runs and is reported, and hardly what the ablations do.
 seeds 1 2
 flags --task cartpole-swingup --steps 1200 --learning-starts 400 --eval-freq 400 --eval-episodes 2 --log-freq 200

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The default task at a size that one core carries in a quarter of an hour. Random actions earn about 5.
+# The default task at a small size. Random actions earn about 5.
 question "Does the small baseline begin to learn dog-run?"
 seeds 1
 flags --task dog-run --steps 20000 --eval-freq 2500 --eval-episodes 3
