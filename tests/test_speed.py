@@ -96,6 +96,19 @@ def test_the_product_with_a_concatenation_is_the_sum_of_two_with_its_gradients()
         torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_product_a_head_equals_the_batched_product_with_its_gradients(shared, biased):
+    x, weight, bias = torch.randn(1 if shared else 3, 2, 6, 5), torch.randn(3, 5, 4), torch.randn(3, 1, 4)
+    leaves = [v.double().requires_grad_() for v in ([x, weight, bias] if biased else [x, weight])]
+    mine = bmpc.stacked_linear(*leaves)
+    rows = leaves[0].flatten(1, 2).expand(3, -1, -1)
+    batched = torch.baddbmm(leaves[2], rows, leaves[1]) if biased else torch.bmm(rows, leaves[1])
+    torch.testing.assert_close(mine, batched.unflatten(1, (2, 6)), atol=1e-12, rtol=1e-12)
+    for p, q in zip(torch.autograd.grad(mine.square().sum(), leaves), torch.autograd.grad(batched.square().sum(), leaves)):
+        torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
+
+
 # --- one graph each, compiled once
 
 
