@@ -178,7 +178,8 @@ one() {
 share_threads() {
   local cores=${SLURM_CPUS_PER_TASK:-$(OMP_NUM_THREADS="" nproc)}
   local threads=$((cores > $1 ? cores / $1 : 1))
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} MKL_NUM_THREADS=${MKL_NUM_THREADS:-$threads}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+  export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS} # torch prefers it to the first
 }
 
 # xargs and its runs have a process group of their own: Ctrl-C reaches this script alone, which passes it on once and

@@ -488,7 +488,7 @@ def test_jobs_share_gpus_and_threads(lab):
     assert lab.run("2d", "--jobs", "2", *SMALL, OMP_NUM_THREADS=5).returncode == 0
     for run in lab.cwd.glob("runs/*2d*"):
         start = lab.starts(run)[0]
-        assert (start["OMP_NUM_THREADS"], start["MKL_NUM_THREADS"], start["CUDA_VISIBLE_DEVICES"]) == ("5", threads, None)
+        assert (start["OMP_NUM_THREADS"], start["MKL_NUM_THREADS"], start["CUDA_VISIBLE_DEVICES"]) == ("5", "5", None)
 
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------
