@@ -33,6 +33,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import defaultdict
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -420,7 +421,10 @@ def make_env(env_id: str, action_repeat: int, index: int = 0, render: bool = Fal
     infinity = np.full(gym.spaces.flatdim(space), np.inf, np.float32)
     flat = gym.spaces.Box(-infinity, infinity, dtype=np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: gym.spaces.flatten(space, obs).astype(np.float32), flat)
-    env = gym.wrappers.RescaleAction(ActionRepeat(env, action_repeat), np.float32(-1.0), np.float32(1.0))
+    shape = env.action_space.shape
+    flat_actions = gym.spaces.flatten_space(env.action_space)
+    env = gym.wrappers.TransformAction(ActionRepeat(env, action_repeat), lambda action: action.reshape(shape), flat_actions)
+    env = gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
     return Worker(env, index)
 
 
@@ -1176,6 +1180,11 @@ class Adam:
             first += len(params)
         return norm
 
+    def stay(self):
+        """Promises torch.compile that the state stays where it is, as parameters do: else a CUDA graph may not change it."""
+        for x in [*self.exp_avg, *self.exp_avg_sq, *self.steps]:
+            torch._dynamo.mark_static_address(x)
+
     def state_dict(self) -> dict[str, list[Tensor]]:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps}
 
@@ -1375,9 +1384,9 @@ class Metrics:
 
     def read(self) -> dict[str, float]:
         """The means since the last reading. Raises Failure (code 1) if a value was not finite, naming it and its update."""
-        means: dict[str, float] = {}
         if not self.sums:
-            return means
+            return {}
+        totals, counts = defaultdict(float), defaultdict(int)  # pretraining and learning share names
         flat = to_host(torch.cat([x.double() for names in self.sums for x in (self.sums[names], self.bad[names])]))
         for names in self.sums:
             n = len(names)
@@ -1385,11 +1394,12 @@ class Metrics:
             if (bad >= 0).any():
                 i = int(np.where(bad >= 0, bad, np.inf).argmin())
                 raise Failure(f"{names[i]} was not finite at update {int(bad[i])}; the last checkpoint is before it", code=1)
-            if count:
-                means |= dict(zip(names, (sums / count).tolist()))
-        for total in self.sums.values():
-            total.zero_()
-        return means
+            for name, value in zip(names, sums.tolist()):
+                totals[name] += value
+                counts[name] += int(count)
+        for group in self.sums.values():
+            group.zero_()
+        return {name: totals[name] / count for name, count in counts.items() if count}
 
     def check(self):
         """Raises Failure if a value was not finite since the last reading, without ending the interval."""
@@ -1492,8 +1502,8 @@ class Stopwatch:
     On CUDA a part is timed by events on its stream, so that measuring waits for nothing.
     """
 
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, recording: bool = True):
+        self.cuda, self.recording = device.type == "cuda", recording
         self.restart(0)
 
     def restart(self, step: int):
@@ -1515,13 +1525,15 @@ class Stopwatch:
             say(f"{part}: compiled {new} graph{'s' * (new > 1)} in {time.perf_counter() - start:.1f} s")
         if new or exclude:
             self.excluded += time.perf_counter() - start
-        else:
+        elif self.recording:
             self.spans.append((part, begin, self.mark()))
 
     def read(self, step: int) -> dict[str, float]:
         """Decisions a second since the last reading, and seconds a decision of each part; begins the next window."""
         decisions, seconds = max(1, step - self.step), time.perf_counter() - self.start - self.excluded
         values = {"charts/SPS": decisions / max(seconds, 1e-9)}
+        if self.cuda and self.spans:
+            self.spans[-1][2].synchronize()  # the last event: all before it have happened, and can be compared
         for part in ("environment", "acting", "updating", "reanalyzing"):
             spans = [(a, b) for name, a, b in self.spans if name == part]
             total = sum((a.elapsed_time(b) / 1000 if self.cuda else b - a) for a, b in spans)
@@ -1711,6 +1723,7 @@ def choose_device(args: Args) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise Failure(f"--device {args.device}: {str(e).splitlines()[0]}") from e
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision(args.matmul_precision)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -1943,8 +1956,11 @@ def set_up(args: Args, task: TaskInfo, device: torch.device) -> tuple[Training, 
     model = WorldModel(task, args, init).to(device)
     buffer = ReplayBuffer(args.num_envs, capacity(args, task), task, args.horizon, device)
     draws = {name: make_generator(args.seed, name, device) for name in ("collect", "expert", "learn", "variant")}
-    functions = compiled(args, device)
-    t = Training(args, functions, model, make_optimizers(model, args), buffer, draws, Metrics(device))
+    functions, optimizers = compiled(args, device), make_optimizers(model, args)
+    if device.type == "cuda" and args.cudagraphs:
+        for optimizer in optimizers:
+            optimizer.stay()
+    t = Training(args, functions, model, optimizers, buffer, draws, Metrics(device))
     mean = torch.zeros(args.num_envs, args.horizon, task.action_dim, device=device)
     E = args.num_envs
     return t, Progress(mean, np.zeros(E, np.int64), np.zeros(E), np.zeros(E, np.int64), [[] for _ in range(E)])
@@ -2051,7 +2067,7 @@ def train(t: Training, p: Progress, envs: Envs, eval_envs: Optional[Envs], log: 
     """BMPC's Algorithm 1. Returns the exit code: 0 when done, 75 when asked to stop."""
     args, device = t.args, t.model.kl_scale.device
     E, A = args.num_envs, t.buffer.action.shape[1]
-    checkpoints, watch = Checkpointer(directory), Stopwatch(device)
+    checkpoints, watch = Checkpointer(directory), Stopwatch(device, recording=args.log_freq > 0)
     watch.restart(p.global_step)
     bar = tqdm(total=args.total_timesteps, initial=p.global_step, unit=" decisions", disable=not sys.stderr.isatty())
     try:

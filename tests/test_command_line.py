@@ -210,6 +210,26 @@ def test_actions_are_rescaled_to_the_environments(body):
     np.testing.assert_allclose(seen, [[-2, 0], [2, 10], [0, 7.5]], atol=1e-6)
 
 
+def test_actions_that_are_a_matrix_are_decided_as_a_vector(body):
+    seen = []
+
+    class Matrix(Body):
+        def step(self, action):
+            seen.append(action.tolist())
+            return super().step(action)
+
+    space = gym.spaces.Box(np.float32([[-2, 0], [0, 0]]), np.float32([[2, 10], [1, 4]]))
+    gym.register("Matrix-v0", lambda render_mode=None: Matrix(action=space), max_episode_steps=9)
+    try:
+        assert bmpc.probe("Matrix-v0", 1)[1].action_dim == 4
+        env = bmpc.make_env("Matrix-v0", 1)
+        env.reset(seed=0)
+        env.step(np.float32([-1, 0, 1, 0.5]))
+    finally:
+        gym.registry.pop("Matrix-v0")
+    np.testing.assert_allclose(seen, [[[-2, 5], [1, 3]]], atol=1e-6)
+
+
 # --- sizes
 
 

@@ -25,11 +25,13 @@ RUNS = [(folder, name, about) for folder in FOLDERS for name, about in json.load
 def returns_table() -> list[str]:
     """Mean of the last three evaluations, over seeds with 95 % t-intervals: planner, policy alone, and their difference."""
     lines = []
-    for group in report.group_runs(report.kept(ROOT / "results" / "baseline"))["0_baseline"]:
-        (runs,) = group.configurations.values()
-        planner, policy = (report.measured(runs, report.final_return, tag) for tag in (report.PLANNER, report.POLICY))
-        cells = [report.spread(planner), report.spread(policy), report.spread(planner - policy)]
-        lines.append(f"| {group.task} | {len(runs)} | " + " | ".join(cells) + " |")
+    for folder in ("baseline", "dog_run"):
+        (groups,) = report.group_runs(report.kept(ROOT / "results" / folder)).values()
+        for group in groups:
+            (runs,) = group.configurations.values()
+            planner, policy = (report.measured(runs, report.final_return, tag) for tag in (report.PLANNER, report.POLICY))
+            cells = [report.spread(planner), report.spread(policy), report.spread(planner - policy)]
+            lines.append(f"| {group.task} | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -55,6 +55,57 @@ def main(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+# --- what is measured
+
+
+def test_metrics_are_the_means_of_all_updates_of_an_interval():
+    """Pretraining, with fewer names, and learning fall into one interval where the warm-up ends."""
+    metrics = bmpc.Metrics(torch.device("cpu"))
+    losses = lambda **values: {name: torch.tensor(value) for name, value in values.items()}
+    for value in (1.0, 2.0, 3.0):
+        metrics.add(losses(model=value), 1)
+    metrics.add(losses(model=10.0, policy=5.0), 2)
+    assert metrics.read() == {"model": 4.0, "policy": 5.0}
+    assert metrics.read() == {}
+    metrics.add(losses(model=7.0, policy=1.0), 3)
+    assert metrics.read() == {"model": 7.0, "policy": 1.0}
+
+
+def test_a_gpu_is_waited_for_before_its_clock_is_read(monkeypatch):
+    """Work that was only queued has no times yet: as on CUDA, reading them is an error."""
+    recorded, done = [], set()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            recorded.append(self)
+
+        def synchronize(self):
+            done.update(recorded[: recorded.index(self) + 1])
+
+        def elapsed_time(self, end):
+            assert {self, end} <= done, "both events must be completed"
+            return 1000.0 * (recorded.index(end) - recorded.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = bmpc.Stopwatch(torch.device("cuda"))
+    for part in ("acting", "updating", "updating"):
+        with watch(part):
+            pass
+    values = watch.read(4)
+    assert (values["time/acting"], values["time/updating"], values["time/environment"]) == (0.25, 0.5, 0.0)
+    watch.read(8)
+
+
+def test_a_stopwatch_that_nobody_reads_keeps_nothing():
+    watch = bmpc.Stopwatch(torch.device("cpu"), recording=False)
+    with watch("acting"):
+        pass
+    assert watch.spans == []
+
+
 # --- dm_control, from end to end
 
 

@@ -256,6 +256,33 @@ def test_adam_is_capturable_on_cuda_only(monkeypatch):
     assert "capturable = self.params[0].is_cuda" in inspect.getsource(bmpc.Adam)
 
 
+def test_all_that_the_optimizer_step_changes_stays_where_it_is(monkeypatch):
+    """A CUDA graph is refused where an input that may move is changed in place."""
+    from torch._inductor.compile_fx import compile_fx
+
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # a graph that was seen before would not come
+    args, moving = small_args(policy_trust_region_coef=0.1), []
+    t, _ = bmpc.set_up(args, TASK, torch.device("cpu"))
+
+    def watch(graph, inputs, **options):
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        changed = {places.index(node.args[0]) for node in graph.graph.nodes if "aten.copy_" in str(node.target)}
+        assert len(changed) > 100
+        moving.append(len(changed - set(options["static_input_idxs"])))
+        raise RuntimeError("seen")
+
+    for promised in (False, True):
+        if promised:
+            for optimizer in t.optimizers:
+                optimizer.stay()
+        step = torch.compile(bmpc.optimize, fullgraph=True, backend=lambda *graph: compile_fx(*graph, inner_compile=watch))
+        grads, policy_grads = ([torch.randn_like(p) for p in optimizer.params] for optimizer in t.optimizers)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="seen"):
+            step(t.model, t.optimizers, grads, policy_grads, torch.tensor(1.0), args)
+    state = sum(len(values) for optimizer in t.optimizers for values in optimizer.state_dict().values())
+    assert moving == [state, 0]
+
+
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 
@@ -267,10 +294,11 @@ def test_on_cuda_compiled_and_captured_equal_eager(graphs):
     eager = everything(bmpc, bmpc.Functions(), args, device, steps=6)[0]
     for x, y in zip(fast.model.parameters(), eager.model.parameters()):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 @cuda
 def test_a_short_run_on_cuda(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = "--task cartpole-swingup --device cuda --steps 400 --learning-starts 100 --eval-freq 200 --eval-episodes 2 --model-size 1"
+    flags = "--task cartpole-swingup --device cuda --steps 400 --learning-starts 100 --eval-freq 200 --log-freq 60 --eval-episodes 2 --model-size 1"
     assert bmpc.main(flags.split()) == 0
