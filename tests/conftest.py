@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch  # noqa: E402
 import bmpc  # noqa: E402
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in the background: what they start must hear Ctrl-C all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TASK = bmpc.TaskInfo(obs_dim=4, action_dim=2, episode_length=None)
 SMALL = dict(
