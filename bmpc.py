@@ -60,6 +60,7 @@ MODEL_SIZES = {  # the sizes that TD-MPC2's users know, in millions of parameter
     317: dict(enc_dim=4096, mlp_dim=4096, latent_dim=1376, num_enc_layers=5, num_q=8),
 }
 TRY_AGAIN = 75  # exit code of a run that was asked to stop and wrote a checkpoint
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +366,7 @@ class Worker(gym.Wrapper):
         super().__init__(env)
         self.index, self.frames, self.video, self.films = index, [], "", env.render_mode is not None
         if multiprocessing.parent_process() is not None:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process alone decides when to stop
+            for number in SIGNALS:  # the main process alone decides when to stop
                 signal.signal(number, signal.SIG_IGN)
 
     def reset(self, *, seed=None, options=None):
@@ -1920,13 +1921,20 @@ class Stop:
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self.request)
 
     def request(self, number, frame):
         self.requested = True
         warn(f"{signal.Signals(number).name}: writing a checkpoint, then stopping")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    @staticmethod
+    def spare_compilers():
+        """Has signals wait for the end of a compilation: sent to the process group, they would kill the compiler it runs."""
+        hold = lambda how: lambda _: signal.pthread_sigmask(how, SIGNALS)  # a mask is inherited, a handler is not
+        torch._dynamo.on_compile_start(hold(signal.SIG_BLOCK))
+        torch._dynamo.on_compile_end(hold(signal.SIG_UNBLOCK))
 
 
 def due(every: int, step: int, stride: int) -> bool:
@@ -2234,6 +2242,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         if args.eval_freq and args.eval_episodes:
             every.append(Envs(args.env_id, args.action_repeat, eval_workers(args, device), args.capture_video))
+        if args.compile:
+            stop.spare_compilers()
         t, p = set_up(args, task, device)
         describe(t, task, device, directory)
         if state:

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import runs
 import torch
+from functorch.compile import make_boxed_func
 from runs import checkpoint, differences, directory, finish, gone, lost, numbers, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.backends.common import aot_autograd
 
 import bmpc
 
@@ -179,6 +181,52 @@ def test_a_run_asked_to_stop_writes_a_checkpoint_exits_75_and_goes_on(reference,
     assert finish(tmp_path, *RUN).code == 0
     assert lost(reference, tmp_path) == []
     assert in_one_line(tmp_path)
+
+
+COMPILER = """#!{python}
+import os, pathlib, signal, sys
+if not pathlib.Path("{asked}").exists() and any(x.endswith(".main.cpp") for x in sys.argv):
+    pathlib.Path("{asked}").touch()
+    os.kill(0, signal.SIGTERM)
+os.execvp("g++", ["g++", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_a_request_to_the_whole_process_group_spares_the_compiler(tmp_path):
+    (tmp_path / "compiler").write_text(COMPILER.format(python=sys.executable, asked=tmp_path / "asked"))
+    (tmp_path / "compiler").chmod(0o755)
+    environ = {"CXX": str(tmp_path / "compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = finish(tmp_path, *TOY, "--compile", "--steps", "20", task="toy:Toy-v0", environ=environ, fresh=True)
+    assert (tmp_path / "asked").exists() and run.code == bmpc.TRY_AGAIN and gone(run), run
+    assert ", compiled" in run.said() and "no working compiler" not in run.warned(), run
+
+
+def test_signals_wait_for_every_compilation_and_for_nothing_else(monkeypatch):
+    handler = torch._dynamo.callback_handler
+    monkeypatch.setattr(handler, "start_callbacks", [])
+    monkeypatch.setattr(handler, "end_callbacks", [])
+    bmpc.Stop.spare_compilers()
+    held = lambda: set(bmpc.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    seen = []
+
+    def compiler(graph, example_inputs):
+        seen.append(held())
+        return make_boxed_func(graph.forward)
+
+    function = torch.compile(lambda x: (x * x).sum(), backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
+    value = function(torch.ones(3, requires_grad=True))
+    assert seen == [True] and not held()
+    value.backward()  # is compiled only now
+    assert seen == [True, True] and not held()
+
+    def broken(graph, example_inputs):
+        seen.append(held())
+        raise ValueError("no compiler")
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        torch.compile(lambda x: x + 1, backend=broken)(torch.ones(3))
+    assert seen == [True] * 3 and not held()
 
 
 def test_a_request_to_stop_waits_for_no_more_than_the_update_under_way(stopped):
