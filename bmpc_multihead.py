@@ -1992,7 +1992,7 @@ class Stop:
     def request(self, number, frame):
         self.requested = True
         warn(f"{signal.Signals(number).name}: writing a checkpoint, then stopping")
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C waits only for a compilation
 
     @staticmethod
     def spare_compilers():
