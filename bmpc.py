@@ -590,24 +590,17 @@ def simnorm(x: Tensor, group: int) -> Tensor:
 # A stack of one takes inputs with any leading dimensions. Otherwise the first dimension is the head's: (heads, ..., in),
 # or (1, ..., in) for an input that all heads share.
 
+ALL = slice(None)  # heads
+
 
 def stacked_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """x (heads or 1, ..., in), weight (heads, in, out), bias (heads, 1, out) -> (heads, ..., out), one batched product.
-
-    On a CPU it is one product a head, each on all threads: the batched one gives a thread whole heads, and 2 threads share
-    5 heads badly.
-    """
+    """x (heads or 1, ..., in), weight (heads, in, out), bias (heads, 1, out) -> (heads, ..., out), one batched product."""
     heads = weight.shape[0]
     if heads == 1:
         rows, lead = x.reshape(1, -1, x.shape[-1]), x.shape[:-1]
     else:
         rows, lead = x.reshape(x.shape[0], -1, x.shape[-1]).expand(heads, -1, -1), (heads, *x.shape[1:-1])
-    if heads > 1 and x.device.type == "cpu":
-        biases = [None] * heads if bias is None else bias.unbind()
-        pairs = zip(rows.unbind(), weight.unbind(), biases)
-        product = torch.stack([r @ w if b is None else torch.addmm(b, r, w) for r, w, b in pairs])
-    else:
-        product = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
+    product = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
     return product.view(*lead, weight.shape[-1])
 
 
@@ -621,16 +614,16 @@ class Linear(nn.Module):
         if not zero:
             nn.init.trunc_normal_(self.weight, std=0.02, generator=generator)
 
-    def forward(self, x: Tensor, a: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, a: Optional[Tensor] = None, heads: slice = ALL) -> Tensor:
         """The layer on x, or on the concatenation [x, a].
 
         The product with [x, a] is the sum of two, so what many rows share (the latent state of all candidates at t = 0)
         is multiplied once: the leading dimensions of x and a need only broadcast.
         """
+        weight, bias, split = self.weight[heads], self.bias[heads], x.shape[-1]
         if a is None:
-            return stacked_linear(x, self.weight, self.bias)
-        split = x.shape[-1]
-        return stacked_linear(x, self.weight[:, :split], self.bias) + stacked_linear(a, self.weight[:, split:])
+            return stacked_linear(x, weight, bias)
+        return stacked_linear(x, weight[:, :split], bias) + stacked_linear(a, weight[:, split:])
 
 
 class NormedLinear(nn.Module):
@@ -643,13 +636,14 @@ class NormedLinear(nn.Module):
         self.shift = nn.Parameter(torch.zeros(heads, outputs))
         self.simnorm_dim = simnorm_dim
 
-    def forward(self, x: Tensor, a: Optional[Tensor] = None, keep: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, a: Optional[Tensor] = None, keep: Optional[Tensor] = None, heads: slice = ALL) -> Tensor:
         """`keep` (heads, ..., out): the dropout mask, already divided by the probability to keep."""
-        x = self.linear(x, a)
+        x = self.linear(x, a, heads)
         if keep is not None:
             x = x * keep
-        per_head = (self.scale.shape[0], *[1] * (x.dim() - 2), -1)
-        x = F.layer_norm(x, x.shape[-1:]) * self.scale.view(per_head) + self.shift.view(per_head)
+        scale, shift = self.scale[heads], self.shift[heads]
+        per_head = (scale.shape[0], *[1] * (x.dim() - 2), -1)
+        x = F.layer_norm(x, x.shape[-1:]) * scale.view(per_head) + shift.view(per_head)
         return simnorm(x, self.simnorm_dim) if self.simnorm_dim else mish(x)
 
 
@@ -673,9 +667,19 @@ class MLP(nn.Module):
             self.last = Linear(heads, inputs, outputs, generator, zero=zero_last)
 
     def forward(self, x: Tensor, a: Optional[Tensor] = None, keep: Optional[Tensor] = None) -> Tensor:
+        """The whole stack at once; on a CPU one head after the other, since what a head computes then stays in the cache."""
+        heads = next(self.parameters()).shape[0]
+        if heads == 1 or x.device.type != "cpu":
+            return self.run(ALL, x, a, keep)
+        of = lambda x, head: x if x is None or x.shape[0] == 1 else x[head]
+        each = [slice(h, h + 1) for h in range(heads)]
+        return torch.cat([self.run(head, of(x, head), of(a, head), of(keep, head)) for head in each])
+
+    def run(self, heads: slice, x: Tensor, a: Optional[Tensor], keep: Optional[Tensor]) -> Tensor:
+        """Those heads of the stack."""
         for layer in self.hidden:
-            x, a, keep = layer(x, a, keep), None, None  # the action enters, and dropout acts, on the first layer
-        return self.last(x, a)
+            x, a, keep = layer(x, a, keep, heads), None, None  # the action enters, and dropout acts, on the first layer
+        return self.last(x, a, heads=heads)
 
 
 class WorldModel(nn.Module):

@@ -97,15 +97,15 @@ def test_the_product_with_a_concatenation_is_the_sum_of_two_with_its_gradients()
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_one_product_a_head_equals_the_batched_product_with_its_gradients(shared, biased):
-    x, weight, bias = torch.randn(1 if shared else 3, 2, 6, 5), torch.randn(3, 5, 4), torch.randn(3, 1, 4)
-    leaves = [v.double().requires_grad_() for v in ([x, weight, bias] if biased else [x, weight])]
-    mine = bmpc.stacked_linear(*leaves)
-    rows = leaves[0].flatten(1, 2).expand(3, -1, -1)
-    batched = torch.baddbmm(leaves[2], rows, leaves[1]) if biased else torch.bmm(rows, leaves[1])
-    torch.testing.assert_close(mine, batched.unflatten(1, (2, 6)), atol=1e-12, rtol=1e-12)
-    for p, q in zip(torch.autograd.grad(mine.square().sum(), leaves), torch.autograd.grad(batched.square().sum(), leaves)):
+def test_one_head_after_the_other_equals_the_stack_at_once_with_its_gradients(shared):
+    net = bmpc.MLP([7, 16, 16, 8], generator(), heads=3, simnorm_dim=4).double()
+    x, a, keep = torch.randn(1 if shared else 3, 4, 1, 5), torch.randn(1, 4, 6, 2), torch.rand(3, 4, 6, 16)
+    x, a, keep = (v.double().requires_grad_() for v in (x, a, keep))
+    leaves = [x, a, keep, *net.parameters()]
+    weights = torch.randn(3, 4, 6, 8).double()
+    one_by_one, at_once = net(x, a, keep), net.run(bmpc.ALL, x, a, keep)  # run: what a GPU does
+    torch.testing.assert_close(one_by_one, at_once, atol=1e-12, rtol=1e-12)
+    for p, q in zip(torch.autograd.grad((one_by_one * weights).sum(), leaves), torch.autograd.grad((at_once * weights).sum(), leaves)):
         torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
 
 
