@@ -971,7 +971,7 @@ def plan(
 def plan_in_chunks(
     plan: Callable, model, policy, z: Tensor, mean: Tensor, draws: PlanDraws, args: Args, low=None, high=None
 ) -> Plan:
-    """`plan`, on a CPU for a few states at a time: about 2048 candidates, with what is computed of them, fit its cache."""
+    """`plan`, on a CPU for a few states at a time: about 2048 rollouts, with what is computed of them, fit its cache."""
     states = len(z) if z.device.type != "cpu" else max(1, 2048 // args.num_samples)
     low, high = args.log_std_min if low is None else low, args.log_std_max if high is None else high
     pieces = zip(*(x.tensor_split(math.ceil(len(z) / states)) for x in (z, mean, *draws)))

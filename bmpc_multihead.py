@@ -1018,8 +1018,9 @@ def plan(
 def plan_in_chunks(
     plan: Callable, model, policy, z: Tensor, mean: Tensor, draws: PlanDraws, args: Args, low=None, high=None, *, std_coef: float
 ) -> Plan:  # [V4]
-    """`plan`, on a CPU for a few states at a time: about 2048 candidates, with what is computed of them, fit its cache."""
-    states = len(z) if z.device.type != "cpu" else max(1, 2048 // args.num_samples)
+    """`plan`, on a CPU for a few states at a time: about 2048 rollouts, with what is computed of them, fit its cache."""
+    rollouts = args.num_samples * args.planner_num_dynamics_heads  # [V2]
+    states = len(z) if z.device.type != "cpu" else max(1, 2048 // rollouts)  # [V2]
     low, high = args.log_std_min if low is None else low, args.log_std_max if high is None else high
     pieces = zip(*(x.tensor_split(math.ceil(len(z) / states)) for x in (z, mean, *draws)))
     plans = [plan(model, policy, z, mean, PlanDraws(*draws), args, low, high, std_coef) for z, mean, *draws in pieces]  # [V4]

@@ -47,9 +47,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_model(args: bmpc.Args, task: bmpc.TaskInfo = TASK, seed: int = 0, std: float = 0.3) -> bmpc.WorldModel:
-    """A world model with large random weights everywhere, zero heads, biases, targets and EMA included."""
-    model = bmpc.WorldModel(task, args, generator(seed))
+def make_model(args, task: bmpc.TaskInfo = TASK, seed: int = 0, std: float = 0.3, script=bmpc):
+    """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included."""
+    model = script.WorldModel(task, args, generator(seed))
     rng = generator(seed + 1)
     with torch.no_grad():
         for p in model.parameters():

@@ -55,19 +55,22 @@ def test_a_fast_plan_equals_the_plain_one(dtype, close):
         torch.set_default_dtype(torch.float32)
 
 
-def test_chunks_of_states_are_planned_as_one_batch(monkeypatch):
-    args = small_args(num_samples=512, num_elites=16)  # 2048 // 512 = 4 states a chunk
-    model, z, seen = make_model(args, std=0.1), torch.rand(10, args.latent_dim), []
-    draws = bmpc.draw_plan(args, 10, TASK.action_dim, args.horizon, generator(), torch.device("cpu"))
+@pytest.mark.parametrize("script, heads, most", [(bmpc, 1, 4), (bmpc_multihead, 1, 4), (bmpc_multihead, 2, 2)])
+def test_chunks_of_states_are_planned_as_one_batch(script, heads, most):
+    args, more = small_args(num_samples=512, num_elites=16), {}  # 2048 // 512 = 4 states a chunk
+    if script is bmpc_multihead:
+        args, more = script.Args(**dataclasses.asdict(args), planner_num_dynamics_heads=heads), {"std_coef": 0.5}
+    model, z, seen = make_model(args, std=0.1, script=script), torch.rand(10, args.latent_dim), []
+    draws = script.draw_plan(args, 10, TASK.action_dim, args.horizon, generator(), torch.device("cpu"))
     mean = torch.zeros(10, args.horizon, TASK.action_dim)
 
     def plan(*given):
         seen.append(len(given[2]))
-        return bmpc.plan(*given)
+        return script.plan(*given)
 
-    chunked = bmpc.plan_in_chunks(plan, model, model.policy, z, mean, draws, args)
-    whole = bmpc.plan(model, model.policy, z, mean, draws, args, args.log_std_min, args.log_std_max)
-    assert sum(seen) == 10 and max(seen) <= 4
+    chunked = script.plan_in_chunks(plan, model, model.policy, z, mean, draws, args, **more)
+    whole = script.plan(model, model.policy, z, mean, draws, args, args.log_std_min, args.log_std_max, **more)
+    assert sum(seen) == 10 and max(seen) == most
     for x, y in zip(chunked, whole):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 

@@ -35,8 +35,9 @@ OBS, A = 223, 38  # dog-run
 TWO_HEADS = {"planner_num_dynamics_heads": 2}
 
 
-def flops(args, heads: int = 1) -> dict[str, float]:
+def flops(args) -> dict[str, float]:
     """FLOPs by the plain formulas: of one plan and of one update."""
+    heads, policies = getattr(args, "planner_num_dynamics_heads", 1), 1 + getattr(args, "dual_policy_enabled", False)
     L, M, K, T, B, Q, R = (
         args.latent_dim, args.mlp_dim, args.num_bins, args.horizon, args.batch_size, args.num_q, args.num_rollouts
     )  # fmt: skip
@@ -49,7 +50,7 @@ def flops(args, heads: int = 1) -> dict[str, float]:
     targets = R * T * B * (policy + reward + dynamics + heads * Q * value)
     return {
         "plan": 2.0 * args.num_samples * iterations * candidate,
-        "update": 2.0 * (3 * trained + targets + 3 * T * B * policy),
+        "update": 2.0 * (3 * trained + targets + 3 * T * B * policies * policy),
     }
 
 
@@ -153,7 +154,7 @@ def bench_update(bench, device, mode, options):
             for _ in range(count):
                 script.learn(t, p, script.Stopwatch(device), pretraining=False)
 
-        bench.time(name, mode, updates, count * flops(args, heads=2 if changes.get("planner_num_dynamics_heads") else 1)["update"])
+        bench.time(name, mode, updates, count * flops(args)["update"])
 
 
 def bench_heads(bench, device, mode, options):
@@ -163,7 +164,7 @@ def bench_heads(bench, device, mode, options):
     for name, script, changes, plans in cases:  # each policy's expert is a plan of its own
         t, p, args = make(script, device, mode == "compiled", num_q=options.num_q, **TWO_HEADS, **changes)
         act = lambda: script.act(t.functions.plan, t.model, t.buffer, p.mean, args, t.draws)
-        bench.time(f"act, {args.num_envs} envs, {name}", mode, act, args.num_envs * plans * flops(args, heads=2)["plan"])
+        bench.time(f"act, {args.num_envs} envs, {name}", mode, act, args.num_envs * plans * flops(args)["plan"])
 
 
 def bench_sample(bench, device, mode, options):
