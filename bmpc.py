@@ -1024,6 +1024,20 @@ def act(plan: Callable, model: WorldModel, buffer: ReplayBuffer, mean: Tensor, a
 # Learning
 
 
+def dropout_mask(shape: tuple[int, ...], p: float, generator: torch.Generator, device) -> Tensor:
+    """Each element independently 0 with probability p > 0, else 1 / (1 - p).
+
+    From one dropped element to the next the gap is geometric, so about n p numbers are drawn and not n. They are more than
+    it takes, by ten standard deviations; the gaps that lead beyond the end drop a spare element there.
+    """
+    n = math.prod(shape)
+    most = math.ceil(n * p + 10 * math.sqrt(n * p) + 10)
+    u = torch.rand(most, generator=generator, device=device, dtype=torch.float64)
+    gaps = 1 + (torch.log1p(-u) / math.log1p(-p)).clamp(max=n).long()  # geometric, by inversion
+    dropped = (gaps.cumsum(0) - 1).clamp(max=n)
+    return torch.full((n + 1,), 1 / (1 - p), device=device).index_fill_(0, dropped, 0.0)[:n].view(shape)
+
+
 class UpdateDraws(NamedTuple):
     """Every random number of an update but those of its reanalyze."""
 
@@ -1039,8 +1053,7 @@ def draw_update(args: Args, action_dim: int, generator: torch.Generator, device)
     td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, generator=generator, device=device)
     keep = None
     if args.dropout > 0:
-        keep = torch.empty(args.num_q, T, B, args.mlp_dim, device=device)
-        keep.bernoulli_(1 - args.dropout, generator=generator).div_(1 - args.dropout)
+        keep = dropout_mask((args.num_q, T, B, args.mlp_dim), args.dropout, generator, device)
     return UpdateDraws(window, td, keep)
 
 

@@ -145,6 +145,29 @@ def test_networks_equal_layers_written_out_head_by_head(double):
         close(model.value(z[None], keep=keep)[q], oracle.network(model.value, q, z, keep[q]))
 
 
+@pytest.mark.parametrize("p", [1e-30, 1e-4, 0.01, 0.3, 0.97])
+def test_a_dropout_mask_walks_geometric_gaps(p):
+    mask = bmpc.dropout_mask((2, 5, 301), p, generator(3), "cpu")
+    expected, place = torch.full((3010,), 1 / (1 - p)), -1
+    for u in torch.rand(5000, generator=generator(3), dtype=torch.float64).tolist():  # more than the mask draws
+        place += math.ceil(math.log(1 - u) / math.log1p(-p)) if u > 0 else 1
+        if place < 3010:
+            expected[place] = 0
+    assert torch.equal(mask, expected.view(2, 5, 301))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+def test_dropout_drops_each_element_on_its_own(p):
+    """All eight patterns of three elements come as often as for independent ones, to five standard deviations."""
+    rng, N = generator(4), 20_000
+    dropped = torch.stack([bmpc.dropout_mask((3,), p, rng, "cpu") == 0 for _ in range(N)])
+    counts = torch.bincount((dropped * torch.tensor([1, 2, 4])).sum(1), minlength=8).tolist()
+    for pattern, count in enumerate(counts):
+        drops = pattern.bit_count()
+        probability = p**drops * (1 - p) ** (3 - drops)
+        assert abs(count - N * probability) <= 5 * math.sqrt(N * probability * (1 - probability)), pattern
+
+
 def test_networks_have_the_layers_and_widths_asked_for():
     args = small_args(enc_dim=24, mlp_dim=20, latent_dim=16, num_enc_layers=4, num_q=5, episodic=True)
     model = bmpc.WorldModel(TASK, args, generator())
