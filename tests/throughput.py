@@ -7,7 +7,8 @@
 Model size 5 on dog-run (A = 38, 8 iterations). Each row is the median and the range of several runs after burn-in. GFLOP
 counts what the plain formulas multiply (two for a multiply-add); `share` is that count over the time and over the rate of
 `torch.mm` on 2048 x 2048 matrices, the best of 10 just before or just after each timed run, the median over the runs: it
-compares across machines, and a machine that others share may slow down between two runs.
+compares across machines, and a machine that others share may slow down between two runs. `best` is the share of the
+shortest run in the best rate seen near any of them: what is left when nobody disturbs.
 """
 
 import argparse
@@ -88,9 +89,9 @@ class Bench:
         near = [max(pair) for pair in zip(peaks, peaks[1:])]
         share = statistics.median(work / seconds / peak for seconds, peak in zip(times, near))
         row = dict(name=name, mode=mode, seconds=median, low=min(times), high=max(times), gflop=work / 1e9, first=first)
-        row |= dict(peak=max(peaks) / 1e9, share=share if work else None)
+        row |= dict(peak=max(peaks) / 1e9, share=share if work else None, best=work / min(times) / max(peaks) if work else None)
         self.rows.append(row)
-        rate = f"{work / 1e9:9.1f} GFLOP  {work / median / 1e9:7.0f} GFLOP/s  share {share:.2f}" if work else ""
+        rate = f"{work / 1e9:9.1f} GFLOP  {work / median / 1e9:7.0f} GFLOP/s  share {share:.2f}  best {row['best']:.2f}" if work else ""
         print(f"{name:34s} {mode:9s} {median * 1e3:10.2f} ms  [{min(times) * 1e3:.2f}, {max(times) * 1e3:.2f}]  {rate}", flush=True)
 
 
