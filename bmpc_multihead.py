@@ -141,6 +141,8 @@ class Args:
     """windows of a batch"""
     buffer_size: int = 1_000_000
     """rows the replay holds at the most; it takes what the run needs"""
+    sample_unfinished: bool = True
+    """learn from episodes that are under way; off: only from finished ones (official)"""
     lr: float = 3e-4
     """learning rate of both Adams"""
     enc_lr_scale: float = 1.0
@@ -195,6 +197,8 @@ class Args:
     """lower end of the policy's log std (official: -3)"""
     log_std_max: float = 1.0
     """upper end of the policy's log std"""
+    value_init: Literal["normal", "uniform"] = "normal"
+    """first weights of the value heads: normal with std 0.02 as everywhere, or torch's uniform ones, biases too (official)"""
 
     # --- planning
     horizon: int = 3
@@ -726,12 +730,24 @@ class WorldModel(nn.Module):
         self.dynamics = MLP([latent + action, *hidden, latent], init, heads=heads, simnorm_dim=args.simnorm_dim)
         self.reward = MLP([latent + action, *hidden, bins], init, zero_last=True)
         self.value = MLP([latent, *hidden, bins], init, heads=args.num_q, zero_last=True)
+        if args.value_init == "uniform":
+            init_uniform(self.value, init)
         self.policy = MLP([latent, *hidden, 2 * action], init)
         self.termination = MLP([latent, *hidden, 1], init) if args.episodic else None
         self.target_value = copy_of(self.value)
         uses_ema = args.td_target_use_ema_policy or args.policy_trust_region_coef > 0
         self.ema_policy = copy_of(self.policy) if uses_ema else None
         self.register_buffer("kl_scale", torch.ones(()))  # S, the running spread of the KL
+
+
+@torch.no_grad()
+def init_uniform(network: MLP, generator: torch.Generator):
+    """torch's own first weights of linear layers, uniform within 1 / sqrt(inputs), biases included; a last layer of zeros stays."""
+    for layer in [hidden.linear for hidden in network.hidden] + [network.last]:
+        bound = 1 / math.sqrt(layer.weight.shape[1])
+        if layer is not network.last:
+            layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
 
 
 def copy_of(network: nn.Module) -> nn.Module:
@@ -774,8 +790,8 @@ class ReplayBuffer:
     tensors on the device, so that nothing waits for it.
     """
 
-    def __init__(self, num_envs: int, capacity: int, task: TaskInfo, horizon: int, device: torch.device):
-        self.num_envs, self.capacity, self.horizon = num_envs, capacity, horizon
+    def __init__(self, num_envs, capacity: int, task: TaskInfo, horizon: int, device: torch.device, unfinished: bool = True):
+        self.num_envs, self.capacity, self.horizon, self.unfinished = num_envs, capacity, horizon, unfinished
         rows, E = num_envs * capacity, num_envs
         self.obs = torch.zeros(rows, task.obs_dim, device=device)
         self.action = torch.zeros(rows, task.action_dim, device=device)
@@ -788,9 +804,10 @@ class ReplayBuffer:
         self.length = torch.zeros(E, dtype=torch.int64, device=device)  # decisions of the episode under way
         self.head = torch.zeros(E, dtype=torch.int64, device=device)  # windows that left
         self.tail = torch.zeros(E, dtype=torch.int64, device=device)  # windows that entered
+        self.end = torch.zeros(E, dtype=torch.int64, device=device)  # windows that may be drawn
 
     ROWS = ("obs", "action", "reward", "terminated", "expert", "window")
-    COUNTERS = ("row", "length", "head", "tail")
+    COUNTERS = ("row", "length", "head", "tail", "end")
 
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in self.ROWS)
@@ -816,6 +833,7 @@ class ReplayBuffer:
         """Where `mask` (E,), an episode begins with `obs` (E, O)."""
         self.open_row(mask, obs)
         self.length = torch.where(mask, 0, self.length)
+        self.end = torch.where(mask, self.tail, self.end)
 
     def add(self, action: Tensor, expert: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor):
         """Completes every environment's row: (E, A), (E, 2, A), (E,), (E,) and the observation that followed, (E, O)."""
@@ -828,13 +846,16 @@ class ReplayBuffer:
         slot = self.place(self.tail)
         self.window[slot] = torch.where(complete, self.row - self.horizon, self.window[slot])
         self.tail = self.tail + complete
+        if self.unfinished:
+            self.end = self.tail
 
     def sample(self, u: Tensor) -> Batch:
         """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), float64."""
-        ends = (self.tail - self.head).cumsum(0)  # (E,)
+        held = (self.end - self.head).clamp(min=0)
+        ends = held.cumsum(0)  # (E,)
         k = (u * ends[-1]).long()  # (B,) the k-th window of all
         env = torch.searchsorted(ends, k, right=True)
-        nth = k - (ends - (self.tail - self.head))[env] + self.head[env]
+        nth = k - (ends - held)[env] + self.head[env]
         first = self.window[self.base[env] + nth % self.capacity]
         steps = torch.arange(self.horizon + 1, device=u.device)
         rows = self.base[env] + (first + steps[:, None]) % self.capacity  # (T+1, B)
@@ -2045,7 +2066,7 @@ def set_up(args: Args, task: TaskInfo, device: torch.device) -> tuple[Training, 
         keep_freed_memory()
     init = make_generator(args.seed, "init", torch.device("cpu"))  # the same weights on every device
     model = WorldModel(task, args, init).to(device)
-    buffer = ReplayBuffer(args.num_envs, capacity(args, task), task, args.horizon, device)
+    buffer = ReplayBuffer(args.num_envs, capacity(args, task), task, args.horizon, device, args.sample_unfinished)
     draws = {name: make_generator(args.seed, name, device) for name in ("collect", "expert", "learn", "variant")}
     functions, optimizers = compiled(args, device), make_optimizers(model, args)
     if device.type == "cuda" and args.cudagraphs:
@@ -2164,7 +2185,7 @@ def train(t: Training, p: Progress, envs: Envs, eval_envs: Optional[Envs], log: 
     try:
         while True:
             # Pretraining: when warm-up ends, the world model catches up with the decisions made so far
-            if p.global_step >= args.learning_starts and p.pretrained == 0 and not (t.buffer.tail > t.buffer.head).any():
+            if p.global_step >= args.learning_starts and p.pretrained == 0 and not (t.buffer.end > t.buffer.head).any():
                 raise Failure(f"warm-up held no {args.horizon} decisions of one episode; raise --learning-starts", code=2)
             while p.global_step >= args.learning_starts and p.pretrained < args.learning_starts and not stop.requested:
                 with watch("pretraining", exclude=True):
