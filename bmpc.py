@@ -13,6 +13,7 @@ Sections: Args - environment - math - networks - replay - planner - learning - e
 and checkpoint - the loop. Where this departs from the official and the JAX implementation, each with its flag: README.
 """
 
+import contextlib
 import copy
 import ctypes.util
 import dataclasses
@@ -49,7 +50,7 @@ import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.profiler import record_function, tensorboard_trace_handler
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -107,7 +108,7 @@ class Args:
     capture_video: Free[bool] = False
     """write an mp4 of evaluation episode 0 at every evaluation (needs EGL or OSMesa on a machine without display)"""
     profile: Free[bool] = False
-    """write a trace of ten iterations after pretraining, for TensorBoard or Perfetto"""
+    """write trace.json, what the run's time went into, for Perfetto; for a run of a few hundred decisions"""
     eval_freq: Free[Natural] = 10_000
     """decisions between evaluations; 0: none"""
     eval_episodes: Free[Count] = 10
@@ -327,7 +328,7 @@ def resolve_env_id(task):
     if env_id in gym.registry:
         return env_id
     known = [short_name(known_id) for known_id in gym.registry]
-    near = difflib.get_close_matches(task, known, n=3) or difflib.get_close_matches(task.lower(), known, 3, 0.4)
+    near = difflib.get_close_matches(task, known, 3, 0.5)
     raise Refused(f"unknown task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
@@ -848,10 +849,9 @@ def make_expert(plan, chosen, args):
 
 
 def act_randomly(args, action_dim, generator):
-    """Warm-up: uniform actions (E, A), their expert N(0, 1) (E, 2, A) and no plan's mean (E, T, A)."""
+    """Warm-up: uniform actions (E, A) and their expert N(0, 1), (E, 2, A)."""
     action = torch.rand(args.num_envs, action_dim, generator=generator, device=generator.device) * 2 - 1
-    expert = torch.stack([torch.zeros_like(action), torch.ones_like(action)], 1)
-    return action, expert, torch.zeros_like(action)[:, None].repeat(1, args.horizon, 1)
+    return action, torch.stack([torch.zeros_like(action), torch.ones_like(action)], 1)
 
 
 @torch.no_grad()
@@ -1118,7 +1118,7 @@ def play(run, envs, planning, stop, film):
     mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
     generator = make_generator(args.seed, f"eval {run.global_step}", mean.device)
     begin = lambda mask: envs.reset(mask, [make_seed(args.seed, "eval", j) for j in episode])
-    obs, bar = begin(episode >= 0), progress_bar(args.eval_episodes, "evaluating", " episodes")
+    obs, progress = begin(episode >= 0), bar("evaluating", args.eval_episodes)
     while (playing := episode < args.eval_episodes).any():
         if stop.is_set():
             return None
@@ -1136,11 +1136,11 @@ def play(run, envs, planning, stop, film):
         returns[episode[playing]] += reward[playing]
         ended = terminated | truncated
         if ended.any():
-            bar.update((ended & playing).sum())
+            progress.update((ended & playing).sum())
             episode[ended] = episode.max() + 1 + np.arange(ended.sum())
             obs = np.where(ended[:, None], begin(ended), obs)
             mean = torch.where(to_device(ended, mean.device)[:, None, None], 0.0, mean)
-    bar.close()
+    progress.close()
     return returns
 
 
@@ -1241,7 +1241,6 @@ def save_checkpoint(run, directory):
     say(f"checkpoint at {run.global_step}")
 
 
-@functools.cache
 def read_checkpoint(directory):
     """The state in a run's directory, None if there is none. It cannot run code. Raises Failed if unusable."""
     path = directory / "checkpoint.pt"
@@ -1343,9 +1342,9 @@ def say(message, file=None):
     (file or sys.stdout).flush()
 
 
-def progress_bar(total, what, unit, initial=0):
-    """A bar, on a terminal."""
-    return tqdm(total=total, desc=what, unit=unit, initial=initial, leave=False, disable=None)
+def bar(what, total, done=0):
+    """A progress bar, on a terminal."""
+    return tqdm(total=total, desc=what, initial=done, leave=False, disable=None)
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -1398,15 +1397,6 @@ def learn(run, pretraining):
         run.measure(update(run.functions, run.model, run.optimizers, batch, draws, args, pretraining))
 
 
-def pretrain(run, stop):
-    """When warm-up ends, the world model catches up with the decisions made so far."""
-    bar = progress_bar(run.args.learning_starts, "pretraining", " updates", run.pretrained)
-    while run.pretrained < run.args.learning_starts and not stop.is_set():
-        learn(run, pretraining=True)
-        bar.update()
-    bar.close()
-
-
 def store(run, envs, action, expert, mean):
     """Waits for the simulators, stores the step, and begins the next episodes of those that ended."""
     with record_function("environment"):
@@ -1431,25 +1421,20 @@ def store(run, envs, action, expert, mean):
     run.obs, run.mean = obs, torch.where(ended[:, None, None] > 0, 0.0, shift(mean))
 
 
-def trace(profiler, directory):
-    """Has torch's profiler see another iteration; it writes a trace of ten, after ten."""
-    if profiler is None:
-        when, write = torch.profiler.schedule(wait=9, warmup=1, active=10, repeat=1), tensorboard_trace_handler
-        profiler = torch.profiler.profile(schedule=when, on_trace_ready=write(str(directory)))
-        profiler.start()
-    profiler.step()
-    return profiler
-
-
 def train(run, envs, eval_envs, log, stop, directory):
     """BMPC's Algorithm 1. Returns the exit code: 0 when done, 75 when asked to stop."""
     args, E = run.args, run.args.num_envs
-    bar = progress_bar(args.total_timesteps, "training", " decisions", run.global_step)
-    since, clock, profiler = run.global_step, time.perf_counter(), None
+    progress = bar("decisions", args.total_timesteps, run.global_step)
+    since, clock = run.global_step, time.perf_counter()
     while True:
         # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
         if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop.is_set():
-            pretrain(run, stop)
+            pretraining = bar("pretraining", args.learning_starts, run.pretrained)
+            while run.pretrained < args.learning_starts and not stop.is_set():
+                learn(run, pretraining=True)
+                pretraining.update()
+            pretraining.close()
+            since, clock = run.global_step, time.perf_counter()
         done = run.global_step >= args.total_timesteps
         if stop.is_set() or done or run.global_step == 0 or due(args.checkpoint_freq, run.global_step, E):
             log.flush()
@@ -1479,7 +1464,7 @@ def train(run, envs, eval_envs, log, stop, directory):
         # Act: random actions in warm-up, then the planner
         with record_function("act"):
             if run.global_step < args.learning_starts:
-                acted = act_randomly(args, run.mean.shape[2], run.draws["collect"])
+                acted = *act_randomly(args, run.mean.shape[2], run.draws["collect"]), run.mean
             else:
                 acted, metrics = act(run.functions.plan, run.model, run.obs, run.mean, args, run.draws)
                 run.measure(metrics)
@@ -1489,9 +1474,7 @@ def train(run, envs, eval_envs, log, stop, directory):
         while run.updates < updates_due(args, run.global_step + E):
             learn(run, pretraining=False)
         store(run, envs, *acted)
-        bar.update(E)
-        if args.profile and run.updates:
-            profiler = trace(profiler, directory)
+        progress.update(E)
 
 
 # --- From the command line to a run -----------------------------------------------------------------------------------
@@ -1623,7 +1606,7 @@ def begin(args):
     say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}, {mode}")
     if state:
         run.load_state_dict(state)
-        say(f"continuing at step {run.global_step}")
+        say(f"{'evaluating' if args.evaluate else 'continuing at'} step {run.global_step}")
     if args.evaluate:
         returns = evaluate(run, eval_envs, stop, directory / "videos" / f"evaluate-{run.global_step}.mp4")
         return 0 if returns else TRY_AGAIN
@@ -1632,8 +1615,11 @@ def begin(args):
     enter_episodes(run, envs)
     log = Log(directory, args.action_repeat, run.global_step)
     try:
-        code = train(run, envs, eval_envs, log, stop, directory)
+        with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
+            code = train(run, envs, eval_envs, log, stop, directory)
         log.flush()
+        if profiler:
+            profiler.export_chrome_trace(str(directory / "trace.json"))
     except Exception as e:
         if stop.is_set():  # the signal reached a compiler or a simulator too, say; the last checkpoint is good
             return TRY_AGAIN
