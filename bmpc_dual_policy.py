@@ -1085,7 +1085,7 @@ def imitation_loss(policy, ema, scale, z, expert, args):
 
 
 def dual_policy_loss(model, z, expert, args):
-    """[V13] The sum of two policies' losses: z (T, B, L), expert (T, B, 4, A). Returns it, both KL scales and metrics."""
+    """[V13] The sum of two policies' losses: z (T, B, L), expert (T, B, 4, A). Returns it, both scales and metrics."""
     (scale, optimistic_scale), (expert, optimistic_expert) = model.kl_scale, expert.chunk(2, 2)
     optimistic, ema = model.optimistic_policy, model.optimistic_ema_policy
     first, scale, metrics = imitation_loss(model.policy, model.ema_policy, scale, z, expert, args)

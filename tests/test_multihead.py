@@ -1,8 +1,10 @@
 """bmpc_multihead.py: what the dynamics heads, their disagreement and the value heads' own targets mean."""
 
 import copy
+import dataclasses
 import math
 import statistics
+import threading
 
 import pytest
 import torch
@@ -49,12 +51,14 @@ def batch_of(args, T=3):
     B = args.batch_size
     expert = torch.stack([normal(T, B, ACTION).tanh(), normal(T, B, ACTION).exp()], 2)
     ended = torch.zeros(T, B)
-    return m.Batch(normal(T + 1, B, 5), normal(T, B, ACTION).tanh(), normal(T, B), ended, expert, torch.zeros(T, B).long())
+    return m.Batch(
+        normal(T + 1, B, 5), normal(T, B, ACTION).tanh(), normal(T, B), ended, expert, torch.zeros(T, B).long()
+    )
 
 
 def update_draws(args, seed=3):
     generator, variant = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
-    return m.draw_update(args, ACTION, generator, torch.device("cpu"), variant)
+    return m.draw_update(args, ACTION, generator, variant)
 
 
 # --- scores
@@ -82,7 +86,9 @@ def test_a_score_is_the_mean_plus_the_coefficient_times_the_population_std(coef)
                 estimates += [total + args.discount**3 * m.two_hot_inv(value(x), args).item() for value in values]
             assert len(estimates) == 3 * args.num_q
             assert spread[s, n].item() == pytest.approx(statistics.pstdev(estimates), rel=1e-4)
-            assert scores[s, n].item() == pytest.approx(statistics.mean(estimates) + coef * statistics.pstdev(estimates), rel=1e-4, abs=1e-4)
+            assert scores[s, n].item() == pytest.approx(
+                statistics.mean(estimates) + coef * statistics.pstdev(estimates), rel=1e-4, abs=1e-4
+            )
             assert statistics.pstdev(rewards) > 1e-4, "the heads must disagree for this to be a test"
 
 
@@ -93,8 +99,8 @@ def test_two_equal_heads_plan_as_one(coef):
     state = one.state_dict()
     two.load_state_dict({k: v.expand_as(two.state_dict()[k]) for k, v in state.items()})
     z, mean = latents(one, 3), torch.zeros(3, 3, ACTION)
-    draws = m.draw_plan(args, 3, ACTION, 3, torch.Generator().manual_seed(5), torch.device("cpu"))
-    plans = [m.plan(model, model.policy, z, mean, draws, args, -5.0, 1.0, coef) for model in (one, two)]
+    draws = m.draw_plan(args, 3, ACTION, 3, torch.Generator().manual_seed(5))
+    plans = [m.plan(model, model.policy, z, mean, draws, args, coef) for model in (one, two)]
     for name, a, b in zip(m.Plan._fields, *plans):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda x, name=name: f"{name}: {x}")
 
@@ -109,9 +115,9 @@ def test_disagreement_is_sought_above_0_and_avoided_below(monkeypatch):
 
     monkeypatch.setattr(m, "estimate_return", estimates)
     z, mean = latents(model, 4), torch.zeros(4, 3, ACTION)
-    draws = m.draw_plan(args, 4, ACTION, 3, torch.Generator().manual_seed(5), torch.device("cpu"))
-    plans = {coef: m.plan(model, model.policy, z, mean, draws, args, -5.0, 1.0, coef) for coef in (-1.0, 0.0, 1.0)}
-    proposals = m.propose(model, model.policy, z, draws.proposals, -5.0, 1.0)
+    draws = m.draw_plan(args, 4, ACTION, 3, torch.Generator().manual_seed(5))
+    plans = {coef: m.plan(model, model.policy, z, mean, draws, args, coef) for coef in (-1.0, 0.0, 1.0)}
+    proposals = m.propose(model, model.policy, z, draws.proposals, args)
     samples = (2.0 * draws.samples[:, 0]).clamp(-1, 1)
     size = torch.cat([proposals, samples], 1)[:, :, 0].norm(dim=-1)  # (S, N)
     torch.testing.assert_close(plans[1.0].best.norm(dim=-1), size.amax(1))
@@ -137,25 +143,34 @@ class Spy:
     def __init__(self, module):
         self.module, self.coefs, self.policies, self.plans, self.draws = module, [], [], [], []
 
-    def __call__(self, model, policy, z, mean, draws, args, low, high, std_coef):
+    def __call__(self, model, policy, z, mean, draws, args, std_coef):
         self.coefs.append(std_coef)
         self.policies.append(policy)
         self.draws.append(draws)
-        self.plans.append(self.module.plan(model, policy, z, mean, draws, args, low, high, std_coef))
+        self.plans.append(self.module.plan(model, policy, z, mean, draws, args, std_coef))
         return self.plans[-1]
 
 
-def filled_buffer(t, p):
+def filled_buffer(run):
     """Some steps of FakeEnvs in the buffer, with random actions."""
-    envs, module = FakeEnvs(t.args.num_envs), load(type(t.model).__module__)
-    obs, _ = envs.reset([True] * t.args.num_envs, range(t.args.num_envs))
-    t.buffer.begin(torch.ones(t.args.num_envs, dtype=torch.bool), torch.from_numpy(obs))
+    envs, module = FakeEnvs(run.args.num_envs), load(type(run.model).__module__)
+    module.enter_episodes(run, envs)
     for _ in range(12):
-        acted = module.act_randomly(t.args.num_envs, ACTION, t.args, t.draws, torch.device("cpu"))
-        envs.step_async(acted.action.numpy())
-        obs, reward, terminated, _ = envs.step_wait()
-        t.buffer.add(acted.action, acted.expert, torch.from_numpy(reward).float(), torch.from_numpy(terminated).float(), torch.from_numpy(obs))
-    return t.buffer
+        acted = *module.act_randomly(run.args, ACTION, run.draws["collect"]), run.mean
+        envs.step_async(acted[0].numpy())
+        module.store(run, envs, *acted)
+    return run.buffer
+
+
+def returns_of(run, planning=True):
+    return load(type(run.model).__module__).play(run, FakeEnvs(2), planning, threading.Event(), []).tolist()
+
+
+def nudge(network, size=0.3, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in network.parameters():
+            x.add_(size * torch.randn(x.shape, generator=generator))
 
 
 COEFS = dict(planner_value_std_coef_train=0.5, planner_value_std_coef_eval=-0.25, reanalyze_value_std_coef=2.0)
@@ -163,28 +178,26 @@ COEFS = dict(planner_value_std_coef_train=0.5, planner_value_std_coef_eval=-0.25
 
 def test_acting_evaluation_and_reanalyze_have_their_own_coefficients():
     for initial in (True, False):
-        t, p = small_training(m, planner_num_dynamics_heads=2, initial_expert_from_behavior=initial, **COEFS)
-        buffer, spy = filled_buffer(t, p), Spy(m)
-        m.act(spy, t.model, buffer, p.mean, t.args, t.draws)
-        assert spy.coefs == [0.5] if initial else [0.5, 0.5]
+        run = small_training(m, planner_num_dynamics_heads=2, initial_expert_from_behavior=initial, **COEFS)
+        buffer, spy = filled_buffer(run), Spy(m)
+        m.act(spy, run.model, run.obs, run.mean, run.args, run.draws)
+        assert spy.coefs == ([0.5] if initial else [0.5, 0.5])
         spy.coefs.clear()
-        draws = update_draws(t.args)
-        m.reanalyze(spy, t.model, buffer, buffer.sample(draws.window), t.args, t.draws["learn"])
+        m.reanalyze(spy, run.model, buffer, buffer.sample(update_draws(run.args).window), run.args, run.draws["learn"])
         assert set(spy.coefs) == {2.0}
         spy.coefs.clear()
-        m.evaluate(spy, t.model, FakeEnvs(2), t.args, 0, True)
+        run.functions = run.functions._replace(plan=spy)
+        returns_of(run)
         assert set(spy.coefs) == {-0.25}
 
 
 def test_evaluation_knows_nothing_of_the_training_coefficient():
     returns = {}
     for train, evaluation in ((0.0, 0.0), (5.0, 0.0), (0.0, 5.0)):
-        t, _ = small_training(m, planner_num_dynamics_heads=2, planner_value_std_coef_train=train, planner_value_std_coef_eval=evaluation)
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for x in t.model.parameters():
-                x.add_(0.3 * torch.randn(x.shape, generator=generator))
-        returns[train, evaluation] = m.evaluate(m.plan, t.model, FakeEnvs(2), t.args, 0, True).tolist()
+        coefs = dict(planner_value_std_coef_train=train, planner_value_std_coef_eval=evaluation)
+        run = small_training(m, planner_num_dynamics_heads=2, **coefs)
+        nudge(run.model)
+        returns[train, evaluation] = returns_of(run)
     assert returns[0.0, 0.0] == returns[5.0, 0.0] != returns[0.0, 5.0]
 
 
@@ -198,9 +211,11 @@ def test_local_bootstrap_gives_each_value_head_its_own_target_and_global_the_sam
     shared, own = (m.td_target(model, model.policy, z, eps, a) for a in (args, local))
     assert shared.shape == (1, 2, 3, args.batch_size) and own.shape == (args.num_q, 2, 3, args.batch_size)
     torch.testing.assert_close(own.mean(0, keepdim=True), shared)
-    heads, values = [[head_alone(x, i) for i in range(n)] for x, n in ((model.dynamics, 2), (model.target_value, args.num_q))]
+    heads, values = [
+        [head_alone(x, i) for i in range(n)] for x, n in ((model.dynamics, 2), (model.target_value, args.num_q))
+    ]
     with torch.no_grad():
-        mean, std = m.policy_gaussian(model.policy, z, args.log_std_min, args.log_std_max)
+        mean, std = m.policy_gaussian(model.policy, z, args)
         for r in range(2):
             a = (mean + std * eps[0, r, 0]).clamp(-1, 1)  # one action, shared by the heads
             reward = m.two_hot_inv(model.reward(z, a), args)
@@ -232,7 +247,7 @@ def test_beyond_the_first_step_each_head_draws_its_own_action():
     y = m.td_target(model, model.policy, z, eps, args)
     gamma, expected = args.discount, 0.0
     with torch.no_grad():
-        gaussian = lambda x: m.policy_gaussian(model.policy, x, args.log_std_min, args.log_std_max)
+        gaussian = lambda x: m.policy_gaussian(model.policy, x, args)
         for h in range(2):
             head, (mean, std) = head_alone(model.dynamics, h), gaussian(z)
             a = (mean + std * eps[0, :, 0]).clamp(-1, 1)  # (R, T, B, A)
@@ -247,12 +262,16 @@ def test_beyond_the_first_step_each_head_draws_its_own_action():
 
 @pytest.mark.parametrize("heads, td_horizon, extra", [(1, 1, False), (1, 3, False), (2, 1, False), (2, 3, True)])
 def test_extra_draws_come_from_the_variants_generator_where_they_are_needed(heads, td_horizon, extra):
-    base, cpu = load("bmpc.py"), torch.device("cpu")
+    base = load("bmpc.py")
     args = small_args(m, planner_num_dynamics_heads=heads, td_horizon=td_horizon)
     learn, learn_of_base, variant = (torch.Generator().manual_seed(9) for _ in range(3))
-    mine = m.draw_update(args, ACTION, learn, cpu, variant)
-    theirs = base.draw_update(small_args(base, td_horizon=td_horizon), ACTION, learn_of_base, cpu)
-    assert torch.equal(mine.td[0], theirs.td) and torch.equal(mine.window, theirs.window) and torch.equal(mine.keep, theirs.keep)
+    mine = m.draw_update(args, ACTION, learn, variant)
+    theirs = base.draw_update(small_args(base, td_horizon=td_horizon), ACTION, learn_of_base)
+    assert (
+        torch.equal(mine.td[0], theirs.td)
+        and torch.equal(mine.window, theirs.window)
+        and torch.equal(mine.keep, theirs.keep)
+    )
     assert torch.equal(learn.get_state(), learn_of_base.get_state())
     assert (not torch.equal(variant.get_state(), torch.Generator().manual_seed(9).get_state())) == extra
 
@@ -305,22 +324,23 @@ def test_consistency_and_reward_losses_are_means_over_heads():
 def test_learning_rates_grow_with_the_ensembles_if_asked(scaled):
     model, args = model_of(2, num_q=3, ensemble_lr_scaling=scaled, enc_lr_scale=0.5, episodic=True)
     optimizer, _ = m.make_optimizers(model, args)
-    rates = {id(p): lr for params, lr in optimizer.groups for p in params}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     H, Q = (2, 3 / 5) if scaled else (1, 1)
     expected = {"encoder": 0.5, "dynamics": H, "reward": 1, "value": Q, "termination": 1}
     for name, factor in expected.items():
         assert all(rates[id(p)] == pytest.approx(args.lr * factor) for p in getattr(model, name).parameters()), name
-    assert len(rates) == len(optimizer.params) == sum(len(list(getattr(model, name).parameters())) for name in expected)
-    grads, before = [torch.ones_like(p) for p in optimizer.params], [p.detach().clone() for p in optimizer.params]
-    optimizer.step(grads)
-    for p, old in zip(optimizer.params, before):  # Adam's first step is the learning rate itself
+    assert len(rates) == sum(len(list(getattr(model, name).parameters())) for name in expected)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    m.descend(sum(p.sum() for p in params), optimizer, args)
+    for p, old in zip(params, before, strict=True):  # Adam's first step is the learning rate itself
         torch.testing.assert_close((old - p).detach(), torch.full_like(p, rates[id(p)]), rtol=1e-3, atol=1e-6)
 
 
 def test_heads_begin_different():
-    t, _ = small_training(m, planner_num_dynamics_heads=3)
-    for layer in [*t.model.dynamics.hidden, t.model.dynamics.last]:
-        weight = layer.linear.weight
+    run = small_training(m, planner_num_dynamics_heads=3)
+    for layer in run.model.dynamics.layers:
+        weight = layer.weight
         assert weight.shape[0] == 3 and not torch.equal(weight[0], weight[1]) and not torch.equal(weight[1], weight[2])
 
 
@@ -328,14 +348,21 @@ def test_heads_begin_different():
 
 
 def test_disagreement_is_logged_where_there_are_heads_to_disagree(tmp_path):
-    names = {"planner/return_disagreement", "planner/bonus_share", "planner/proposal_share", "losses/latent_disagreement"}
-    _, _, rows = small_run(m, tmp_path / "one", planner_value_std_coef_train=1.0)
+    names = {
+        "planner/return_disagreement",
+        "planner/bonus_share",
+        "planner/proposal_share",
+        "losses/latent_disagreement",
+    }
+    _, rows = small_run(m, tmp_path / "one", planner_value_std_coef_train=1.0)
     assert not names & {tag for _, tag, _ in rows}
-    _, _, rows = small_run(m, tmp_path / "two", planner_num_dynamics_heads=2, planner_value_std_coef_train=1.0)
+    _, rows = small_run(m, tmp_path / "two", planner_num_dynamics_heads=2, planner_value_std_coef_train=1.0)
     values = {name: [float(x) for _, tag, x in rows if tag == name] for name in names}
     assert all(values.values())
     assert min(values["planner/return_disagreement"]) > 0 and min(values["losses/latent_disagreement"]) > 0
-    assert all(0 < x < 1 for x in values["planner/bonus_share"]) and all(0 <= x <= 0.5 for x in values["planner/proposal_share"])
+    assert all(0 < x < 1 for x in values["planner/bonus_share"]) and all(
+        0 <= x <= 0.5 for x in values["planner/proposal_share"]
+    )
 
 
 def test_equal_heads_do_not_disagree():
@@ -350,13 +377,18 @@ def test_equal_heads_do_not_disagree():
 def test_the_share_of_proposals_counts_the_elites(monkeypatch):
     """The policy always plays +1 and samples hardly do: a return that is the action makes every proposal an elite."""
     model, args = model_of(2)
-    monkeypatch.setattr(m, "policy_gaussian", lambda policy, z, low, high: (torch.ones(*z.shape[:-1], ACTION), torch.zeros(1)))
+    monkeypatch.setattr(
+        m, "policy_gaussian", lambda policy, z, args: (torch.ones(*z.shape[:-1], ACTION), torch.zeros(1))
+    )
     z, mean = latents(model, 2), torch.zeros(2, 3, ACTION)
-    draws = m.draw_plan(args, 2, ACTION, 3, torch.Generator().manual_seed(5), torch.device("cpu"))
+    draws = m.draw_plan(args, 2, ACTION, 3, torch.Generator().manual_seed(5))
     for sign, share in ((1.0, args.num_pi_trajs / args.num_elites), (-1.0, 0.0)):
-        estimates = lambda model, z, actions, args: (sign * actions.sum((2, 3))[None], torch.zeros(1, 1, *actions.shape[:2]))
+        estimates = lambda model, z, actions, args: (
+            sign * actions.sum((2, 3))[None],
+            torch.zeros(1, 1, *actions.shape[:2]),
+        )
         monkeypatch.setattr(m, "estimate_return", estimates)
-        assert m.plan(model, model.policy, z, mean, draws, args, -5.0, 1.0, 0.0).proposed.tolist() == [share, share]
+        assert m.plan(model, model.policy, z, mean, draws, args, 0.0).proposed.tolist() == [share, share]
 
 
 @pytest.mark.parametrize("flags", [
@@ -364,39 +396,42 @@ def test_the_share_of_proposals_counts_the_elites(monkeypatch):
     dict(reanalyze_value_std_coef=-math.inf),
 ])  # fmt: skip
 def test_impossible_flags_are_refused(flags):
-    with pytest.raises(m.Failure) as failure:
-        small_args(m, **flags)
-    assert failure.value.code == 2 and "--" + next(iter(flags)).replace("_", "-") in str(failure.value)
+    args = dataclasses.replace(m.parse_args(["--task", "Pendulum-v1"]), **flags)
+    with pytest.raises(m.Refused, match="--" + next(iter(flags)).replace("_", "-")):
+        m.fill_in(args)
 
 
 def test_the_number_of_heads_shapes_the_run():
-    assert "planner_num_dynamics_heads" in m.SHAPING_ARGS
+    assert m.FREE not in m.notes()["planner_num_dynamics_heads"]
 
 
 def test_all_flags_at_once_run(tmp_path):
-    t, p, rows = small_run(m, tmp_path, **FLAGS["all at once"], **EVERYTHING, reanalyze_value_std_coef=-0.3)
-    assert p.updates == 50 and all(math.isfinite(float(value)) for _, _, value in rows)
+    run, rows = small_run(m, tmp_path, **FLAGS["all at once"], **EVERYTHING, reanalyze_value_std_coef=-0.3)
+    assert run.updates == 50 and all(math.isfinite(float(value)) for _, _, value in rows)
 
 
 def check_compiled(module, functions: set[str], **flags):
     """One decision and one update with these functions traced as the compiler does: the eager numbers, with any flags."""
     results = []
     for backend in (None, "aot_eager"):
-        t, p = small_training(module, **flags)
+        run = small_training(module, **flags)
         if backend:
-            traced = {name: torch.compile(getattr(t.functions, name), backend=backend, fullgraph=True, dynamic=False) for name in functions}
-            t = t._replace(functions=t.functions._replace(**traced))
-        filled_buffer(t, p)
-        acted, _ = module.act(t.functions.plan, t.model, t.buffer, p.mean, t.args, t.draws)
-        p.updates = t.args.reanalyze_interval - 1
-        module.learn(t, p, module.Stopwatch(torch.device("cpu")), pretraining=False)
-        results.append([*acted, *t.model.state_dict().values(), t.buffer.expert])
+            options = dict(backend=backend, fullgraph=True, dynamic=False)
+            traced = {name: torch.compile(getattr(run.functions, name), **options) for name in functions}
+            run.functions = run.functions._replace(**traced)
+        filled_buffer(run)
+        acted, _ = module.act(run.functions.plan, run.model, run.obs, run.mean, run.args, run.draws)
+        run.updates = run.args.reanalyze_interval - 1
+        module.learn(run, pretraining=False)
+        results.append([*acted, *run.model.state_dict().values(), run.buffer.expert])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 # Less to trace: plans for acting and for reanalyze are of one shape.
-SHORT = dict(td_horizon=2, reanalyze_horizon=None, reanalyze_log_std_min=None, num_envs=2, reanalyze_batch_size=1, horizon=2)
+SHORT = dict(
+    td_horizon=2, reanalyze_horizon=None, reanalyze_log_std_min=None, num_envs=2, reanalyze_batch_size=1, horizon=2
+)
 
 
 def test_all_flags_at_once_compile():
