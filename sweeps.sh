@@ -1,264 +1,162 @@
 #!/usr/bin/env bash
-# Runs the sweeps of sweep_list/ on this machine or on a SLURM cluster.
-#
-#   bash sweeps.sh NAME... [OPTIONS] [-- FLAGS]
+# shellcheck disable=SC1090,SC1091
+# Runs the sweeps of sweep_list/ on this machine or on a SLURM cluster: bash sweeps.sh NAME... [OPTIONS] [-- FLAGS]
 #
 #   NAME             a sweep: its folder's name or what stands before the first underscore (2c, 1_test, 0_baseline);
 #                    `all` is the plan, sweep_list/7_bmpc_equivalence/, without its baseline 1_test
 #   FLAGS            go to every run and win over the sweep's own: -- --task cartpole-swingup --steps 6000
-#
 #   --dry-run        print the commands, one a line, and run nothing
 #   --status         print which runs are done, running, failed and waiting
-#   --report         write runs/report/report.md and report.html; --reference CSV draws published curves behind,
-#                    --export DIR keeps the finished runs' curves, commands and versions in DIR, and the report there
+#   --report         write runs/report/report.md; --export DIR keeps the finished runs' curves, commands and versions
+#                    in DIR, and the report there
 #   --slurm          submit a job array; --sbatch "--partition=gpu --gres=gpu:1 --time=24:00:00" is handed to sbatch
+#   --seeds 1,2,3    instead of the seeds that the sweeps and their settings name
 #   --jobs N         runs at a time (here 1, with --slurm no limit)
 #   --gpus 0,1,..    share these GPUs among the runs of this machine, one after the other
-#
-# For scripts: SWEEPS_NAMES, SWEEPS_FLAGS, SWEEPS_MODE (dry-run, status, report, slurm), SWEEPS_REFERENCE, SWEEPS_EXPORT,
-# SWEEPS_SBATCH, SWEEPS_JOBS and SWEEPS_GPUS say the same, PYTHON names the interpreter.
+# For scripts: SWEEPS_NAMES, SWEEPS_FLAGS, SWEEPS_MODE (dry-run, status, report, slurm), SWEEPS_EXPORT, SWEEPS_SBATCH,
+# SWEEPS_SEEDS, SWEEPS_JOBS and SWEEPS_GPUS say the same, PYTHON names the interpreter.
 #
 # Runs are kept under runs/ of the current directory, their output in runs/logs/. The same command again skips what is
-# done, resumes what was stopped and tries again what failed. Ctrl-C lets every run write its checkpoint.
-# Exit codes: 0 all done; 1 a run failed; 2 bad input; 75 some runs are unfinished; 130, 143 stopped by Ctrl-C, SIGTERM.
+# done, resumes what was stopped and tries again what failed. Ctrl-C and SIGTERM let every run write its checkpoint.
+# Exit codes, --status included: 0 all done; 1 a run failed; 2 bad input; 75 unfinished, the same command goes on.
 set -euo pipefail
+shopt -s nullglob
 
 home=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-lists=$home/sweep_list
-python=${PYTHON:-python}
+lists=$home/sweep_list python=${PYTHON:-python}
 
-die() {
-  printf 'sweeps.sh: %s\n' "$1" >&2
-  exit 2
-}
+die() { echo "sweeps.sh: $1" >&2; exit 2; }
 
 # --- What a sweep's folder may say -----------------------------------------------------------------------------------
 
-seeds() { seed_list=("$@"); }
+seeds() { [[ ${SWEEPS_SEEDS-} ]] || seed_list=("$@"); }
 flags() { common+=("$@"); }          # for every run of the sweep
 question() { asked=$1; }             # the report answers it
 switch() { if [[ $2 == on ]]; then echo "--$1"; else echo "--no-$1"; fi; }
 
 # run SCRIPT CONFIGURATION FLAGS...: one run for each seed.
 run() {
-  local script=$1 configuration=$2 seed name task stem steps directory command record
+  local script=$1 configuration=$2 name=${sweep}__$2 seed task steps directory command record
   shift 2
   [[ $home -ef $PWD ]] || script=$home/$script
-  name=$prefix${sweep}__$configuration
-  [[ $name =~ ^[A-Za-z0-9_.-]+$ ]] || die "$sweep: a run cannot be named '$name'"
-  task=$(value_of task env-id "${common[@]}" "$@" "${extra[@]}")
-  steps=$(value_of steps total-timesteps "${common[@]}" "$@" "${extra[@]}")
+  task=$(value_of 'task|env[-_]id' "${common[@]}" "$@" "${extra[@]}")
+  steps=$(value_of 'steps|total[-_]timesteps' "${common[@]}" "$@" "${extra[@]}")
   [[ $task && ${steps//_/} =~ ^[0-9]+$ ]] || die "$sweep: each run needs --task and a whole number of --steps"
-  task=$(short_name "$task") stem=${script##*/}
   for seed in "${seed_list[@]}"; do
-    directory=runs/${task}__${stem%.py}__${seed}__$name
-    printf -v command '%q ' "$python" "$script" "${common[@]}" --seed "$seed" --run-name "$name" "$@" "${extra[@]}"
-    case ${seen[$directory]-} in
-      "") ;;
-      "$command") continue ;;        # the sweep was named twice
-      *) die "$sweep: two of its configurations would share $directory" ;;
-    esac
+    directory=runs/$(short_name "$task")__$(basename "$script" .py)__${seed}__$name
+    printf -v command ' %q' "$python" "$script" "${common[@]}" --seed "$seed" --run-name "$name" "$@" "${extra[@]}"
+    [[ ${seen[$directory]-$command} == "$command" ]] || die "$sweep: two of its configurations would share $directory"
+    printf -v record '%s\t' "$directory" "${steps//_/}" "$sweep" "$baseline" "$configuration" "$seed" "$asked"
+    [[ ${seen[$directory]-} ]] || records+=("$record${command# }")    # once, however often the sweep is named
     seen[$directory]=$command
-    printf -v record '%s\t' "$directory" "${steps//_/}" "$prefix$sweep" "${prefix}1_test" "$configuration" "$seed" "$asked"
-    records+=("$record${command% }")
   done
 }
 
 # include GROUP: all sweeps of a group under the settings that stand. Their runs carry the including sweep's name too.
 include() {
-  local prefix=${sweep}__ sweep asked folder
-  for folder in "$lists/$1"/*/; do
-    sweep=$(basename "$folder") asked=$sweep
-    # shellcheck source=/dev/null
-    source "$folder/sweep.sh"
-  done
+  local file
+  for file in "$lists/$1"/*/sweep.sh; do read_sweep "$file" "${sweep}__"; done
 }
 
-# --- From names to runs ----------------------------------------------------------------------------------------------
+read_sweep() {  # FILE [PREFIX]
+  local folder=${1%/*} common=("${common[@]}") seed_list=("${seed_list[@]}")
+  local sweep=${2-}${folder##*/} baseline=${2-}1_test asked=${2-}${folder##*/}
+  source "$1"
+}
 
-# The value of a flag that has two names. The last one given counts, as it does for the scripts.
-value_of() {
-  local first=--$1 second=--$2 value='' flag
-  shift 2
-  while (($#)); do
-    flag=${1%%=*} flag=${flag//_/-}
-    if [[ $flag == "$first" || $flag == "$second" ]]; then
-      if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2-}; fi
-    fi
-    shift
-  done
-  echo "$value"
+# The value of a flag, given as a pattern of its names. The last one counts, as it does for the scripts.
+value_of() {  # NAME|NAME WORDS...
+  [[ ! " ${*:2}" =~ .*" --"($1)[=\ ]([^ ]+) ]] || echo "${BASH_REMATCH[-1]}"
 }
 
 # A task as it stands in the name of a run's directory: finger-turn_easy for finger-turn-easy, Pendulum-v1 as it is.
 short_name() {
-  local task=${1##*:} domain name
+  local task=${1##*:} domain
   if [[ $task == dm_control/* || $task != *-v[0-9]* ]]; then
-    task=${task#dm_control/} task=${task%-v0}
-    domain=${task%%-*} name=${task#*-}
+    task=${task#dm_control/} task=${task%-v0} domain=${task%%-*} task=${task#*-}
     case $domain in cup) domain=ball_in_cup ;; pointmass) domain=point_mass ;; esac
-    task=$domain-${name//-/_}
+    task=$domain-${task//-/_}
   fi
   echo "${task//\//_}"
 }
 
-folders_of() {
-  local folder base found=()
-  for folder in "$lists"/*/*/; do
-    folder=${folder%/} base=$(basename "$folder")
-    if [[ $1 == all ]]; then
-      [[ $folder == */7_bmpc_equivalence/* && $base != 1_test ]] || continue
-    else
-      [[ $base == "$1" || $base == "$1"_* ]] || continue
-    fi
-    [[ ! -f $folder/sweep.sh ]] || found+=("$folder")
-  done
-  [[ $1 == all || ${#found[@]} == 1 ]] || die "${#found[@]} sweeps are called '$1'; there are: $(
-    for folder in "$lists"/*/*/sweep.sh; do printf '%s ' "$(basename "$(dirname "$folder")")"; done)all"
-  printf '%s\n' "${found[@]}"
-}
+# --- The runs --------------------------------------------------------------------------------------------------------
 
-read_sweep() {
-  local folder=$1 prefix='' sweep asked
-  local -a common=() seed_list=()
-  sweep=$(basename "$folder") asked=$sweep
-  # shellcheck source=/dev/null
-  source "$folder/../settings.sh"
-  # shellcheck source=/dev/null
-  source "$folder/sweep.sh"
-}
+# What the runs say of themselves: a table, a page, or the records of those that are not done.
+report() { printf '%s\n' "${records[@]}" | "$python" "$lists/report.py" "$@"; }
 
-# --- One run ---------------------------------------------------------------------------------------------------------
-
-is_done() {  # DIRECTORY STEPS
-  local total
-  total=$(sed -n 's/.*"total_timesteps": *\([0-9]*\).*/\1/p' "$1/finished.json" 2>/dev/null) || true
-  ((${total:-0} >= $2 && ${#total} > 0))
-}
-
-# Starts or resumes the run of a record, unless it is done or somebody else is at it, and notes how it ended.
+# Starts or resumes the run of a record, and notes at the end of its log how it ended.
 one() {
-  local directory steps command name log code lock interrupted child='' stopped='' gpu_list
-  IFS=$'\t' read -r directory steps _ _ _ _ _ command <<<"$1"
-  name=${directory##*/} log=runs/logs/$name
-  exec {lock}>>"$log.lock"           # held by the run itself too, so also when this shell is killed
-  flock -w "${patience:-1}" "$lock" || { echo "elsewhere  $name"; return 0; }
-  is_done "$directory" "$steps" && { echo "skip       $name: done"; return 0; }
-  trap 'stopped=1 interrupted=1; [[ ! ${child-} ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
-  if [[ ${gpus-} ]]; then
-    IFS=, read -ra gpu_list <<<"$gpus"
-    export CUDA_VISIBLE_DEVICES=${gpu_list[slot % ${#gpu_list[@]}]}
-  fi
-  rm -f "$log.exit"
-  printf '\n== %(%F %T)T  %s\n' -1 "$command" >>"$log.log"
+  local directory=${1%%$'\t'*} command=${1##*$'\t'} name log cores code last child='' stopped=''
+  name=${directory##*/} log=runs/logs/$name.log
+  trap 'stopped=1; [[ ! $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
+  cores=${SLURM_CPUS_PER_TASK:-$(nproc)}                              # shared out, so that runs do not choke each other
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+  printf '\n== %(%F %T)T  %s\n' -1 "$command" >>"$log"
   echo "start      $name"
-  set -m                             # a process group of its own: the signal comes once, and not to its workers
-  eval "exec $command" </dev/null >>"$log.log" 2>&1 &
+  eval "exec $command" </dev/null >>"$log" 2>&1 &
   child=$!
-  set +m
   [[ ! $stopped ]] || kill -TERM "$child" 2>/dev/null || true
-  while interrupted=''; do           # a signal ends the wait, not the run
-    wait "$child" 2>/dev/null && code=0 || code=$?
-    [[ $interrupted ]] || break
-  done
-  [[ ! $stopped ]] || ((code <= 128)) || code=75   # it was stopped before it could listen
-  ((code > 0)) || is_done "$directory" "$steps" || code=1
-  echo "$code" >"$log.exit"
-  case $code in
-    0) echo "done       $name" ;;
-    75) echo "stopped    $name: goes on where it was the next time" ;;
-    *) echo "FAILED     $name: exit code $code, $log.log ends: $(tail -n 1 "$log.log")" ;;
+  while kill -0 "$child"; do wait "$child" || true; done 2>/dev/null  # a signal ends the wait, not the run
+  wait "$child" && code=0 || code=$?
+  [[ ! $stopped ]] || ((code <= 128)) || code=75                      # it was stopped before it could listen
+  last=$(tail -n 1 "$log")
+  case $code:$last in
+    0:* | 2:*'holds a finished run'*) echo "done       $name"; code=0 ;; # by another sweeps.sh meanwhile
+    75:*) echo "stopped    $name: goes on where it was the next time" ;;
+    2:*'in use by another process') echo "elsewhere  $name: $last"; code=75 ;;
+    *) echo "FAILED     $name: exit code $code, $log ends: $last" ;;
   esac
+  echo "== exit code $code" >>"$log"                                  # --status reads it
   return "$code"
 }
 
-# --- All of them -----------------------------------------------------------------------------------------------------
-
-# Threads are shared out, so that runs do not choke each other.
-share_threads() {
-  local cores=${SLURM_CPUS_PER_TASK:-$(OMP_NUM_THREADS="" nproc)}
-  local threads=$((cores > $1 ? cores / $1 : 1))
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-  export MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS} # torch prefers it to the first
-}
-
-# xargs and its runs have a process group of their own: Ctrl-C reaches this script alone, which passes it on once and
-# waits. The last command of the pipe outlives the signal, so the pipe ends when the last run has.
+# Each run has a process group of its own: Ctrl-C reaches this script alone, which passes it on and waits.
 run_here() {
-  local group reader interrupted stopped=''
-  jobs=${jobs:-$(if [[ $gpus ]]; then tr -cd , <<<"$gpus," | wc -c; else echo 1; fi)}
-  ((jobs <= ${#records[@]})) || jobs=${#records[@]}
-  share_threads "$jobs"
-  export gpus
-  export -f one is_done
-  set -m
-  # shellcheck disable=SC2016          # the shell that xargs starts expands it
-  printf '%s\0' "${records[@]}" |
-    xargs -0 -n 1 -P "$jobs" --process-slot-var=slot bash -c 'one "$1" || true' one |
-    (trap '' INT TERM HUP; exec cat) &
-  reader=$!
-  group=$(jobs -p)
-  set +m
-  trap 'stop 130' INT
-  trap 'stop 143' TERM HUP
-  while interrupted=''; do
-    wait "$reader" || true
-    [[ $interrupted ]] || break
+  local record slot pid pids=() gpus jobs stopped=''
+  IFS=, read -ra gpus <<<"${SWEEPS_GPUS-}"
+  jobs=${SWEEPS_JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
+  trap stop INT TERM HUP
+  for record in "${due[@]}"; do
+    slot=0
+    while kill -0 "${pids[slot]-}" 2>/dev/null; do                    # until one of the slots is free
+      slot=$(((slot + 1) % jobs))
+      ((slot)) || sleep 0.2 || true                                   # Ctrl-C ends it too
+    done
+    [[ ! $stopped ]] || break
+    ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}
+    set -m
+    one "$record" &
+    set +m
+    pids[slot]=$!
   done
-  summary "$stopped"
+  while [[ $(jobs -rp) ]]; do wait || true; done
+  report --status | tail -n 1
 }
 
 stop() {
-  interrupted=1
+  stopped=1
+  for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
   echo "sweeps.sh: stopping; each run writes its checkpoint first" >&2
-  [[ $stopped ]] || kill -TERM -- "-$group" 2>/dev/null || true
-  stopped=$1
 }
 
-summary() {
-  local record directory steps code finished=0 failed=0
-  for record in "${records[@]}"; do
-    IFS=$'\t' read -r directory steps _ <<<"$record"
-    code=$(cat "runs/logs/${directory##*/}.exit" 2>/dev/null) || true
-    if is_done "$directory" "$steps"; then
-      finished=$((finished + 1))
-    elif ((${code:-75} != 75)); then
-      failed=$((failed + 1))
-    fi
-  done
-  echo "${#records[@]} runs: $finished done, $failed failed, $((${#records[@]} - finished - failed)) unfinished"
-  [[ ! $1 ]] || exit "$1"
-  ((failed == 0)) || exit 1
-  ((finished == ${#records[@]})) || exit 75
-}
-
-# A job array over the runs that are not done. The list is written down: the array keeps its runs whatever is edited.
+# A job array over the runs that are due. Their list is written down: the array keeps its runs whatever is edited.
 submit() {
-  local record directory steps list options due=()
-  [[ ! $gpus ]] || die "--gpus is for this machine; ask SLURM for them: --sbatch '--gres=gpu:1'"
-  for record in "${records[@]}"; do
-    IFS=$'\t' read -r directory steps _ <<<"$record"
-    is_done "$directory" "$steps" || due+=("$record")
-  done
-  ((${#due[@]})) || { echo "nothing to submit: all ${#records[@]} runs are done"; return 0; }
+  local list options
   printf -v list 'runs/logs/slurm_%(%Y%m%d_%H%M%S)T_%d.runs' -1 $$
   printf '%s\n' "${due[@]}" >"$list"
-  read -ra options <<<"$sbatch_options"
-  sbatch --job-name=sweeps --array="0-$((${#due[@]} - 1))${jobs:+%$jobs}" --requeue --signal=B:USR1@120 \
+  read -ra options <<<"${SWEEPS_SBATCH-}"
+  sbatch --job-name=sweeps --array="0-$((${#due[@]} - 1))${SWEEPS_JOBS:+%$SWEEPS_JOBS}" --requeue --signal=B:USR1@120 \
     --open-mode=append --output='runs/logs/slurm_%A_%a.log' "${options[@]}" \
     --wrap="exec bash $(printf %q "$home/sweeps.sh") --slurm-task $list"
 }
 
-# One task of the array. SLURM requeues by itself when it takes the node away; after a checkpoint or a death by signal it
-# has to be asked. Not so if the task was cancelled, which ends its state RUNNING, and not for ever if it keeps dying.
+# One task of the array. SLURM requeues by itself when it takes the node away; after a checkpoint it has to be asked.
+# Not so if the task was cancelled, which ends its state RUNNING.
 slurm_task() {
-  local code=0
-  patience=60                        # its predecessor on another node may still be ending
-  share_threads 1
+  local jobs=1 code=0
   one "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")" || code=$?
-  if ((code == 75 || code > 128 && ${SLURM_RESTART_COUNT:-0} < 20)) &&
-    [[ $(squeue --noheader --job="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
-    echo "requeue    exit code $code"
+  if ((code == 75)) && [[ $(squeue --noheader --job="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"
@@ -270,19 +168,15 @@ slurm_task() {
 
 read -ra names <<<"${SWEEPS_NAMES-}"
 read -ra extra <<<"${SWEEPS_FLAGS-}"
-mode=${SWEEPS_MODE:-run} jobs=${SWEEPS_JOBS-} gpus=${SWEEPS_GPUS-} sbatch_options=${SWEEPS_SBATCH-} reference=${SWEEPS_REFERENCE-}
-export_to=${SWEEPS_EXPORT-}
 while (($#)); do
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
-    -h | --help) sed -n '2,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-    --dry-run | --status | --report | --slurm) mode=${1#--} ;;
-    --jobs | --gpus | --sbatch | --reference | --export)
+    -h | --help) sed -n '3,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --dry-run | --status | --report | --slurm) SWEEPS_MODE=${1#--} ;;
+    --jobs | --gpus | --seeds | --sbatch | --export)
       (($# > 1)) || die "$1 needs a value"
-      case $1 in
-        --jobs) jobs=$2 ;; --gpus) gpus=$2 ;; --sbatch) sbatch_options=$2 ;;
-        --reference) reference=$2 ;; --export) export_to=$2 ;;
-      esac
+      option=${1#--}
+      printf -v "SWEEPS_${option^^}" %s "$2"
       shift ;;
     --) extra+=("${@:2}"); break ;;
     -*) die "unknown option $1; bash sweeps.sh --help lists them, flags of the runs come after --" ;;
@@ -291,27 +185,36 @@ while (($#)); do
   shift
 done
 ((${#names[@]})) || die "which sweep? bash sweeps.sh all runs the plan, bash sweeps.sh --help says more"
-[[ $mode =~ ^(run|dry-run|status|report|slurm)$ ]] || die "SWEEPS_MODE cannot be '$mode'"
-[[ ! $jobs || $jobs =~ ^[1-9][0-9]*$ ]] || die "--jobs takes a whole number above 0, not '$jobs'"
-[[ ! $gpus || $gpus =~ ^[^,]+(,[^,]+)*$ ]] || die "--gpus takes a list such as 0,1, not '$gpus'"
-for flag in seed run-name exp-name; do
-  [[ ! $(value_of "$flag" "$flag" "${extra[@]}") ]] || die "--$flag is the sweep's to set: it tells its runs apart"
-done
+[[ ${SWEEPS_JOBS:-1} =~ ^[1-9][0-9]*$ ]] || die "--jobs takes a whole number above 0, not '$SWEEPS_JOBS'"
+[[ ${SWEEPS_GPUS:-0} =~ ^[^,]+(,[^,]+)*$ ]] || die "--gpus takes a list such as 0,1, not '$SWEEPS_GPUS'"
+[[ ! ${SWEEPS_GPUS-} || ${SWEEPS_MODE-} != slurm ]] || die "--gpus is not for SLURM: --sbatch --gres=gpu:1"
+[[ ${SWEEPS_SEEDS:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--seeds takes a list such as 1,2,3, not '$SWEEPS_SEEDS'"
+[[ ! $(value_of 'seed|(run|exp)[-_]name' "${extra[@]}") ]] || die "the sweep sets --seed, --run-name and --exp-name"
 
-declare -a records=()
+records=()
 declare -A seen=()
 for name in "${names[@]}"; do
-  folders=$(folders_of "$name")
-  while read -r folder; do
-    [[ $mode != report || ! -d ${folder%/*}/1_test ]] || read_sweep "${folder%/*}/1_test"   # what it is compared with
-    read_sweep "$folder"
-  done <<<"$folders"
+  files=("$lists"/*/"$name"/sweep.sh "$lists"/*/"$name"_*/sweep.sh)
+  [[ $name != all ]] || files=("$lists"/7_bmpc_equivalence/[!1]*/sweep.sh)
+  [[ $name == all || ${#files[@]} == 1 ]] || die "'$name' names ${#files[@]} of: all $(cd "$lists" && echo */*/)"
+  for file in "${files[@]}"; do
+    group=${file%/*/*} common=()
+    IFS=, read -ra seed_list <<<"${SWEEPS_SEEDS-}"
+    source "$group/settings.sh"
+    [[ ${SWEEPS_MODE-} != report || $group != */7_* ]] || read_sweep "$group/1_test/sweep.sh"    # to compare with
+    read_sweep "$file"
+  done
 done
 
-case $mode in
+case ${SWEEPS_MODE:-run} in
   dry-run) printf '%s\n' "${records[@]##*$'\t'}" ;;
-  status) printf '%s\n' "${records[@]}" | "$python" "$lists/report.py" --status ;;
-  report) printf '%s\n' "${records[@]}" | "$python" "$lists/report.py" ${reference:+--reference "$reference"} ${export_to:+--export "$export_to"} ;;
-  slurm) mkdir -p runs/logs && submit ;;
-  run) mkdir -p runs/logs && run_here ;;
+  status) report --status ;;
+  report) report ${SWEEPS_EXPORT:+--export "$SWEEPS_EXPORT"} ;;
+  run | slurm)
+    mkdir -p runs/logs
+    due=$(report --due)
+    [[ $due ]] || { echo "nothing to do: all ${#records[@]} runs are done"; exit 0; }
+    readarray -t due <<<"$due"
+    if [[ ${SWEEPS_MODE-} == slurm ]]; then submit; else run_here; fi ;;
+  *) die "SWEEPS_MODE cannot be '$SWEEPS_MODE'" ;;
 esac

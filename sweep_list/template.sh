@@ -8,8 +8,8 @@
 # The heading under which the report answers.
 question "Do two heads and a trust region add up?"
 
-# What each run of this sweep shares, beyond the settings. A third and fourth seed for the few that matter:
-#   seeds 1 2 3 4
+# What each run of this sweep shares, beyond the settings. Other seeds than theirs: `seeds 1 2 3 4` here, or for the
+# baseline too, bash sweeps.sh 3a 1_test --seeds 1,2,3,4
 flags --planner-num-dynamics-heads 2 --ensemble-lr-scaling --local-td-bootstrap
 
 # run SCRIPT CONFIGURATION FLAGS...: one run for each seed. The script is the smallest one that has the flags: bmpc.py,

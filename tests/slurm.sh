@@ -1,36 +1,21 @@
 #!/usr/bin/env bash
 # Proves the job array of sweeps.sh on a real SLURM: a cluster of one node, started here and stopped again.
 #
-#   bash tests/slurm.sh EMPTY_DIRECTORY [real]
+#   bash tests/slurm.sh EMPTY_DIRECTORY
 #
-# Four runs, two at a time. One is killed midway, one gets SLURM's warning signal, one is cancelled, one fails. The first
-# two must be requeued and resumed from their checkpoints, the other two must not, and a second submission must leave out
-# what is done. Stand-ins take the place of the scripts; with `real` the scripts themselves run, at a tiny size, in minutes.
-# Needs root and Debian's slurm-wlm and munge; systemd, cgroups and an existing cluster it does not need.
+# Four runs, two at a time, of the scripts' stand-in. One gets SLURM's warning signal midway and must be requeued and
+# resumed from its checkpoint; one is cancelled, one is killed, and these must not be. A second submission must leave
+# out what is done. Needs root and Debian's slurm-wlm and munge, but no systemd, cgroups or existing cluster.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 lab=$(cd -- "$1" && pwd)
-scripts=${2-fake}
+work="$lab/my runs"
 export PYTHON=${PYTHON:-python} SLURM_CONF=$lab/slurm.conf
-
-if [[ $scripts == real ]]; then
-  project=$root
-  steps=800
-  flags=(--task cartpole-swingup --learning-starts 300 --checkpoint-freq 100 --log-freq 100 --eval-freq 800 --eval-episodes 1
-    --model-size 1 --enc-dim 32 --mlp-dim 32 --latent-dim 32 --num-q 2 --num-samples 32 --num-elites 8 --num-pi-trajs 4
-    --iterations 2 --reanalyze-interval 50 --batch-size 32 --no-compile --device cpu)
-else
-  project=$lab/project
-  mkdir "$project"
-  cp -r "$root/sweeps.sh" "$root/sweep_list" "$project"
-  for script in bmpc.py bmpc_multihead.py bmpc_dual_policy.py; do cp "$root/tests/fake_bmpc.py" "$project/$script"; done
-  steps=20 flags=()
-  export FAKE_GATE=$lab/gate FAKE_FAIL=2__2a_utd__utd_ratio_4
-fi
-flags+=(--steps "$steps")
-
-# --- The cluster -----------------------------------------------------------------------------------------------------
+export FAKE_GATE=$lab/gate FAKE_FAIL=2__2a_utd__utd_ratio_4 FAKE_CODE=137
+mkdir "$work" "$lab/project" "$lab/munge" "$lab/state" "$lab/spool"
+cp -r "$root/sweeps.sh" "$root/sweep_list" "$lab/project"
+cp "$root/tests/fake_bmpc.py" "$lab/project/bmpc.py"
 
 read -r ctld_port d_port < <("$PYTHON" -c '
 import socket
@@ -52,18 +37,12 @@ SlurmdPidFile=$lab/slurmd.pid
 SlurmctldLogFile=$lab/slurmctld.log
 SlurmdLogFile=$lab/slurmd.log
 ProctrackType=proctrack/pgid
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-ReturnToService=2
 KillWait=5
 NodeName=node NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=2
 PartitionName=main Nodes=node Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 END
-mkdir "$lab/munge" "$lab/state" "$lab/spool"
-chmod 755 "$lab/munge"
 (umask 077 && head -c 128 /dev/urandom >"$lab/munge/key")
 
 stop_cluster() {
@@ -88,63 +67,40 @@ fail() {
   exit 1
 }
 
-wait_until() {  # WHAT COMMAND...
-  local what=$1
-  shift
-  for _ in $(seq 3000); do
-    if "$@"; then return 0; fi
+wait_until() {  # COMMAND...
+  for _ in $(seq 600); do
+    if "$@" 2>/dev/null; then return 0; fi
     sleep 0.2
   done
-  fail "waited in vain until $what"
+  fail "waited in vain for $*"
 }
 
-node_is_idle() { [[ $(sinfo -h -o %T 2>/dev/null) == idle ]]; }
-
-# --- The sweep -------------------------------------------------------------------------------------------------------
-
-work="$lab/my runs"
-mkdir "$work"
 cd "$work"
-wait_until "the node is up" node_is_idle
+sweep() { bash "$lab/project/sweeps.sh" 2a "$@" -- --steps 20; }
+run_of() { echo "runs/dog-run__bmpc__$1__2a_utd__utd_ratio_$2"; }     # SEED RATIO
+starts_of() { wc -l <"$(run_of "$@")/starts"; }
+is_midway() { [[ $(cat "$(run_of "$@")/checkpoint.pt") == '{"tenth": 5}' ]]; }
+first_two_are_midway() { is_midway 1 2 && is_midway 2 2; }
+node_is_idle() { [[ $(sinfo -h -o %T) == idle ]]; }
+is_pending() { squeue -h -t PD -o %K | grep -qx "$1"; }
+queue_is_empty() { [[ ! $(squeue -h "$@") ]]; }
 
-run_of() { ls -d runs/*__"$1"__2a_utd__utd_ratio_"$2"; }
-starts_of() { grep -c '^== ' "runs/logs/$(basename "$(run_of "$@")").log"; }
-pid_of() { awk -v inode=":$(stat -c %i "$(run_of "$@")/lock")" '$2 == "POSIX" && index($6, inode) {print $5}' /proc/locks; }
-step_of() { tail -n 1 "$(run_of "$@")/metrics.csv" | cut -d, -f1; }
-is_midway() { [[ -f $(run_of "$@" 2>/dev/null)/checkpoint.pt && $(step_of "$@") -ge $((steps / 2)) ]]; }
-both_midway() { is_midway 1 2 && is_midway 2 2; }
-status() { bash "$project/sweeps.sh" 2a --status -- "${flags[@]}"; }
-both_wait() { [[ $(squeue -h -t PD -o '%K' | grep -cE '^[01]$') == 2 ]]; }
-is_gone() { [[ ! $(squeue -h -j "$1" 2>/dev/null) ]]; }
-queue_is_empty() { [[ ! $(squeue -h) ]]; }
+wait_until node_is_idle
+sweep --slurm --jobs 2 --sbatch "--partition=main --cpus-per-task=1"
+wait_until first_two_are_midway
+timeout 5 scancel --batch --signal=USR1 1_0 || true                   # the first: as --signal does before time is up
+wait_until is_pending 0
+wait_until is_midway 1 4
+scancel 1_2                                                           # the third: by its user
+wait_until queue_is_empty -j 1_2
+touch "$lab/gate"                                                     # the second ends well, the fourth is killed
+scontrol update JobId=1_0 StartTime=now                               # SLURM would wait for two minutes
+wait_until queue_is_empty
 
-bash "$project/sweeps.sh" 2a --slurm --jobs 2 --sbatch "--partition=main --cpus-per-task=1" -- "${flags[@]}"
-wait_until "two runs have a checkpoint" both_midway
-status | tail -n 1
-kill -KILL "$(pid_of 1 2)"                       # the first run: as the memory's killer does
-timeout 5 scancel --batch --signal=USR1 1_1 || true   # the second: as --signal does before the time is up
-wait_until "both wait in the queue again" both_wait
-wait_until "the third run has a checkpoint" is_midway 1 4
-scancel 1_2                                      # the third: by its user
-squeue
-wait_until "the cancelled run has stopped" is_gone 1_2
-touch "$lab/gate"
-for task in 1_0 1_1; do scontrol update JobId="$task" StartTime=now; done   # SLURM would wait for two minutes
-wait_until "the queue is empty" queue_is_empty
-status
-
-for seed in 1 2; do
-  [[ $(starts_of "$seed" 2) == 2 ]] || fail "run $seed of utd_ratio 2 was not started twice"
-  grep -q 'continuing at step' "runs/logs/$(basename "$(run_of "$seed" 2)").log" || fail "run $seed of utd_ratio 2 was not resumed"
-done
-[[ $(starts_of 1 4) == 1 && $(starts_of 2 4) == 1 ]] || fail "a cancelled or failed run was started again"
-if [[ $scripts == real ]]; then
-  due=1
-  status | grep -q '3 done, 0 running, 0 failed, 1 waiting' || fail "three runs should be done and one wait"
-else
-  due=2
-  status | grep -q '2 done, 0 running, 1 failed, 1 waiting' || fail "two runs should be done, one failed and one wait"
-fi
-bash "$project/sweeps.sh" 2a --slurm -- "${flags[@]}"
-[[ $(cat runs/logs/slurm_*.runs | wc -l) == $((4 + due)) ]] || fail "the second submission should hold $due runs"
-echo "a real SLURM: the killed and the warned run came back and went on, a cancelled or failed one did not"
+status=$(sweep --status) || true
+[[ $status == *"2 done, 0 running, 1 failed, 1 waiting" ]] || fail "$status"
+[[ "$(starts_of 1 2) $(starts_of 2 2) $(starts_of 1 4) $(starts_of 2 4)" == "2 1 1 1" ]] || fail "started too often"
+grep -q 'continuing at step 10' "runs/logs/$(basename "$(run_of 1 2)").log" || fail "the warned run was not resumed"
+sweep --slurm
+[[ $(cat runs/logs/slurm_*.runs | wc -l) == 6 ]] || fail "the second submission should hold two runs"
+echo "a real SLURM: the warned run came back and went on, a cancelled or killed one did not"

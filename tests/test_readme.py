@@ -98,7 +98,7 @@ def test_anchors_point_at_the_functions_they_name():
 def test_flags_that_are_named_exist():
     known = {f.name.replace("_", "-") for m in ("bmpc", "bmpc_multihead", "bmpc_dual_policy")
              for f in dataclasses.fields(importlib.import_module(m).Args)}  # fmt: skip
-    known |= {"task", "steps", "help", "dry-run", "status", "report", "slurm", "jobs", "gpus", "sbatch", "compare", "only", "modes", "runs", "export", "replot"}
+    known |= {"task", "steps", "help", "dry-run", "status", "report", "slurm", "jobs", "gpus", "seeds", "sbatch", "compare", "only", "modes", "runs", "export", "replot"}
     known |= {"partition", "gres", "time", "dist"}  # those of sbatch and pytest-xdist
     named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z]+(?:-[a-z]+)*)(?![\w-])", TEXT)}
     assert named - known == set()
