@@ -1,10 +1,11 @@
 """What the tests share: small sizes, a model whose every weight matters, and environments without simulators."""
 
-import dataclasses
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes the tests start
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,47 +18,53 @@ import torch  # noqa: E402
 import bmpc  # noqa: E402
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in the background: what they start must hear Ctrl-C all the same
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: what the tests start must hear Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+CPU = torch.device("cpu")
 TASK = bmpc.TaskInfo(obs_dim=4, action_dim=2, episode_length=None)
 SMALL = dict(
     device="cpu", compile=False, action_repeat=1, discount=0.9, num_envs=2, total_timesteps=40, learning_starts=12,
-    eval_freq=0, log_freq=0, checkpoint_freq=0, eval_episodes=3, batch_size=12, reanalyze_batch_size=3, enc_dim=16,
-    mlp_dim=12, latent_dim=16, num_enc_layers=2, num_q=3, simnorm_dim=4, num_samples=20, num_elites=6, num_pi_trajs=4,
-    iterations=3,
+    eval_freq=0, log_freq=0, checkpoint_freq=0, eval_episodes=3, batch_size=12, buffer_size=1000, reanalyze_batch_size=3,
+    enc_dim=16, mlp_dim=12, latent_dim=16, num_enc_layers=2, num_q=3, simnorm_dim=4, num_samples=20, num_elites=6,
+    num_pi_trajs=4, iterations=3,
 )  # fmt: skip
 
 
-def small_args(**changes) -> bmpc.Args:
-    """Args as fill_in leaves them, nothing None that must not be, at sizes a slow oracle can follow."""
-    return bmpc.Args(**(SMALL | changes))
+def small_args(script=bmpc, **changes):
+    """A script's Args as fill_in leaves them, nothing None that must not be, at sizes a slow oracle can follow."""
+    given = SMALL | changes
+    for name in ("horizon", "log_std_min", "log_std_max"):
+        given.setdefault(f"reanalyze_{name}", given.get(name, getattr(bmpc.Args, name)))
+    return script.Args(**given)
 
 
-def flags(**changes) -> list[str]:
+def flags(**changes):
     """A command line, as strings, of small sizes and these changes."""
     words = []
     for name, value in ({k: v for k, v in SMALL.items() if k not in ("discount", "action_repeat")} | changes).items():
         option = name.replace("_", "-")
-        words += [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
     return words
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed=0, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
 
 
-def make_model(args, task: bmpc.TaskInfo = TASK, seed: int = 0, std: float = 0.3, script=bmpc):
+def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
     """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included."""
-    model = script.WorldModel(task, args, generator(seed))
-    rng = generator(seed + 1)
+    model, rng = script.WorldModel(task, args, generator(seed)), generator(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(std * torch.randn(p.shape, generator=rng))
     return model
 
 
-def make_batch(args: bmpc.Args, task: bmpc.TaskInfo = TASK, seed: int = 0) -> bmpc.Batch:
+def make_batch(args, task=TASK, seed=0):
     """A batch of noise."""
     rng, T, B, A = generator(seed), args.horizon, args.batch_size, task.action_dim
     normal = lambda *shape: torch.randn(shape, generator=rng)
@@ -80,27 +87,31 @@ def double():
 
 
 class FakeEnvs:
-    """bmpc.Envs without processes: environment i's episodes last lengths[i] decisions, and an observation names itself.
+    """bmpc.Envs without processes: environment i's episodes last lengths[i] decisions; an observation names itself.
 
-    An observation is (environment, step within the episode, the seed's fraction of 2^32, 1). Episodes of the environments
-    in `terminal` end by termination, the others by truncation.
+    An observation is (environment, step within the episode, the seed's fraction of 2^32, 1), a reward the environment
+    plus an eighth of the step. Episodes of environments in `terminal` end by termination, the others by truncation.
     """
 
-    def __init__(self, lengths: list[int], terminal: tuple = (), events: list | None = None):
+    def __init__(self, lengths, terminal=(), events=None):
         self.num_envs, self.lengths, self.terminal = len(lengths), lengths, terminal
         self.step, self.seed = np.zeros(len(lengths), int), np.zeros(len(lengths))
         self.sent, self.begun = [], []  # actions, and (environment, seed) of every episode
         self.events = [] if events is None else events
+        self.vector = SimpleNamespace(call=lambda name: [np.zeros((8, 8, 3), np.uint8)] * self.num_envs)
 
-    def obs(self) -> np.ndarray:
+    def call(self, function, *args, **kwargs):
+        return function(*args, **kwargs)
+
+    def obs(self):
         columns = [np.arange(self.num_envs), self.step, self.seed / 2**32, np.ones(self.num_envs)]
         return np.stack(columns, 1).astype(np.float32)
 
     def reset(self, mask, seeds, **options):
         for i in np.flatnonzero(mask):
-            self.step[i], self.seed[i] = 0, seeds[i]
+            self.step[i], self.seed[i] = len(options.get("replay", {}).get(i, ())), seeds[i]
             self.begun.append((int(i), seeds[i]))
-        return self.obs(), np.zeros(self.num_envs, np.int64)
+        return self.obs()
 
     def step_async(self, action):
         self.events.append("step_async")
@@ -115,35 +126,34 @@ class FakeEnvs:
         return self.obs(), reward, ended & terminal, ended & ~terminal
 
 
-class NeverStop:
-    requested = False
+def start(args, envs, functions=None, script=bmpc):
+    """A run on fake environments, before its first decision."""
+    run = script.Run(args, TASK, CPU)
+    run.functions = functions or script.Functions()
+    script.enter_episodes(run, envs)
+    return run
 
 
-def start(args: bmpc.Args, envs: FakeEnvs, functions: bmpc.Functions = bmpc.Functions()):
-    """A run on fake environments, before its first decision: (Training, Progress)."""
-    t, p = bmpc.set_up(args, TASK, torch.device("cpu"))
-    t = t._replace(functions=functions)
-    bmpc.begin_episodes(t, p, envs, resuming=False)
-    return t, p
-
-
-def run_loop(args: bmpc.Args, envs: FakeEnvs, directory: Path, functions: bmpc.Functions = bmpc.Functions()):
-    """A whole run of bmpc.train on fake environments: (Training, Progress) at its end."""
+def train(run, envs, directory, eval_envs=None, script=bmpc):
+    """The whole of this run; what it writes is in the directory."""
     directory.mkdir(exist_ok=True)
-    t, p = start(args, envs, functions)
-    assert bmpc.train(t, p, envs, None, bmpc.Log(directory, 1), NeverStop(), directory) == 0
-    return t, p
+    log = script.Log(directory, 1, run.global_step)
+    assert script.train(run, envs, eval_envs, log, threading.Event(), directory) == 0
 
 
-def same(a, b) -> bool:
+def run_loop(args, envs, directory, functions=None, script=bmpc):
+    """A whole run of train on fake environments, at its end."""
+    run = start(args, envs, functions, script)
+    train(run, envs, directory, script=script)
+    return run
+
+
+def same(a, b):
     """Whether two trees of tensors are equal bit for bit."""
     a, b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    return len(a) == len(b) and all(map(equal, a, b))
 
 
-def copied(module: torch.nn.Module) -> dict:
+def copied(module):
     return {name: x.clone() for name, x in module.state_dict().items()}
-
-
-def replace(args: bmpc.Args, **changes) -> bmpc.Args:
-    return dataclasses.replace(args, **changes)
