@@ -14,8 +14,8 @@ m = load("bmpc_multihead.py")
 NORMAL = dict(generator=torch.Generator().manual_seed(0))
 
 EVERYTHING = dict(
-    planner_num_dynamics_heads=2, planner_value_std_coef_train=0.7, planner_value_std_coef_eval=-0.4, local_td_bootstrap=True,
-    ensemble_lr_scaling=True,
+    planner_num_dynamics_heads=2, planner_value_std_coef_train=0.7, planner_value_std_coef_eval=-0.4,
+    local_td_bootstrap=True, ensemble_lr_scaling=True,
 )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_two_equal_heads_plan_as_one(coef):
     z, mean = latents(one, 3), torch.zeros(3, 3, ACTION)
     draws = m.draw_plan(args, 3, ACTION, 3, torch.Generator().manual_seed(5))
     plans = [m.plan(model, model.policy, z, mean, draws, args, coef) for model in (one, two)]
-    for name, a, b in zip(m.Plan._fields, *plans):
+    for name, a, b in zip(m.Plan._fields, *plans, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda x, name=name: f"{name}: {x}")
 
 
@@ -294,7 +294,7 @@ def test_a_heads_consistency_gradient_reaches_that_head_alone():
         for p in model.dynamics.parameters():
             p[1] += 0.1 * normal(*p.shape[1:])
     after, rollout2, metrics2 = gradients(model, args, batch, draws)
-    for a, b in zip(before.values(), after.values()):
+    for a, b in zip(before.values(), after.values(), strict=True):
         assert a[0].abs().max() > 0 and torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
     assert torch.equal(rollout, rollout2)
     assert not torch.equal(metrics["losses/consistency"], metrics2["losses/consistency"])
@@ -392,8 +392,8 @@ def test_the_share_of_proposals_counts_the_elites(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(planner_num_dynamics_heads=0), dict(planner_value_std_coef_train=math.nan), dict(planner_value_std_coef_eval=math.inf),
-    dict(reanalyze_value_std_coef=-math.inf),
+    dict(planner_num_dynamics_heads=0), dict(planner_value_std_coef_train=math.nan),
+    dict(planner_value_std_coef_eval=math.inf), dict(reanalyze_value_std_coef=-math.inf),
 ])  # fmt: skip
 def test_impossible_flags_are_refused(flags):
     args = dataclasses.replace(m.parse_args(["--task", "Pendulum-v1"]), **flags)
@@ -411,7 +411,7 @@ def test_all_flags_at_once_run(tmp_path):
 
 
 def check_compiled(module, functions: set[str], **flags):
-    """One decision and one update with these functions traced as the compiler does: the eager numbers, with any flags."""
+    """One decision and one update with these functions traced as the compiler does: the eager numbers."""
     results = []
     for backend in (None, "aot_eager"):
         run = small_training(module, **flags)
