@@ -674,7 +674,7 @@ class ReplayBuffer:
         self.action, self.expert = zeros(task.action_dim), zeros(2, task.action_dim)
         self.reward, self.terminated = zeros(), zeros()
         self.window = count(C + 1, E)  # a ring of C * E; the last row is nowhere
-        self.entered = count(C, 1)  # windows that had entered with each step
+        self.entered = count(C + 1, 1)  # windows that had entered with each step
         self.tail = count()  # windows that entered so far
         self.age = count(E)  # decisions of the episodes under way
         self.step = 0  # steps stored so far
@@ -690,14 +690,14 @@ class ReplayBuffer:
         slot = torch.where(complete, (self.tail + complete.cumsum(0) - 1) % (C * E), C * E)
         self.window.view(-1)[slot] = (self.step + 1 - T) % C * E + torch.arange(E, device=slot.device)
         self.tail = self.tail + complete.sum()
-        self.entered[at] = self.tail
+        self.entered[self.step % (C + 1)] = self.tail
         self.age = torch.where(ended, 0, self.age)
         self.step += 1
 
     def sample(self, u):
         """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), float64."""
         T, C, E = self.horizon, self.capacity, len(self.age)
-        left = self.entered[(self.step - C + T - 2) % C] if self.step > C else 0
+        left = self.entered[(self.step - C + T - 2) % (C + 1)] if self.step > C else 0
         k = left + (u * (self.tail - left)).long()  # (B,)
         first = self.window.view(-1)[k % (C * E)]
         rows = (first + E * torch.arange(T, device=u.device)[:, None]) % (C * E)  # (T, B)
@@ -713,8 +713,8 @@ class ReplayBuffer:
 
     def written(self):
         """By name, the parts of all tensors that were ever written to."""
-        used, tensors = min(self.step, self.capacity), {k: x for k, x in vars(self).items() if isinstance(x, Tensor)}
-        return {name: x[:used] if x.dim() > 1 else x for name, x in tensors.items()}
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return {name: x[: self.step] if x.dim() > 1 else x for name, x in tensors.items()}
 
     def state_dict(self):
         return {"step": self.step} | {name: x.clone() for name, x in self.written().items()}
@@ -1442,15 +1442,10 @@ def train(run, envs, eval_envs, log, stop, directory):
         if stop.is_set():
             return TRY_AGAIN
 
-        # Observers: they change nothing
+        # Observers: they change nothing; a stop abandons an evaluation, so it comes before the losses are told
         for env, episode, total, length in run.ended:
             log.add(run.global_step, {"charts/episodic_return": total, "charts/episodic_length": length})
             say(f"step {run.global_step}: environment {env}, episode {episode}: return {total:.1f}, {length} decisions")
-        if due(args.log_freq, run.global_step, E) or (done and args.log_freq):
-            speed = (run.global_step - since) / (time.perf_counter() - clock)
-            log.add(run.global_step, run.means() | {"charts/SPS": speed})
-            run.metrics.clear()
-            since, clock = run.global_step, time.perf_counter()
         if eval_envs and (due(args.eval_freq, run.global_step, E) or done):
             before = time.perf_counter()
             returns = evaluate(run, eval_envs, stop, directory / "videos" / f"{run.global_step}.mp4")
@@ -1458,6 +1453,11 @@ def train(run, envs, eval_envs, log, stop, directory):
                 continue
             log.add(run.global_step, returns)
             clock += time.perf_counter() - before
+        if due(args.log_freq, run.global_step, E) or (done and args.log_freq):
+            speed = (run.global_step - since) / (time.perf_counter() - clock)
+            log.add(run.global_step, run.means() | {"charts/SPS": speed})
+            run.metrics.clear()
+            since, clock = run.global_step, time.perf_counter()
         if done:
             return 0
 
