@@ -609,19 +609,18 @@ class MLP(nn.Module):
         layers = [Layer(heads, i, o, generator, mish) for i, o in hidden]
         self.layers = nn.ModuleList([*layers, Layer(heads, inputs, outputs, generator, last, zero_last)])
 
-    def forward(self, x, a=None, keep=None):
-        """The whole stack at once; on a CPU head after head, since what a head computes then stays in the cache."""
-        heads = len(self.layers[0].weight)
-        if heads == 1 or x.device.type != "cpu":
-            return self.run(slice(None), x, a, keep)
-        of = lambda x, head: x if x is None or x.shape[0] == 1 else x[head]
-        each = [slice(h, h + 1) for h in range(heads)]
-        return torch.cat([self.run(head, of(x, head), of(a, head), of(keep, head)) for head in each])
+    def forward(self, x, a=None, keep=None, heads=None):
+        """Those heads of the stack, or all: at once, or on a CPU one by one, as what each computes stays in its cache.
 
-    def run(self, heads, x, a, keep):
-        """Those heads of the stack; the action enters, and dropout acts, on the first layer."""
+        The action enters, and dropout acts, on the first layer.
+        """
+        all_heads = len(self.layers[0].weight)
+        if heads is None and all_heads > 1 and x.device.type == "cpu":
+            of = lambda x, head: x if x is None or x.shape[0] == 1 else x[head]
+            each = [slice(h, h + 1) for h in range(all_heads)]
+            return torch.cat([self(of(x, head), of(a, head), of(keep, head), head) for head in each])
         for layer in self.layers:
-            x, a, keep = layer(x, a, keep, heads), None, None
+            x, a, keep = layer(x, a, keep, heads or slice(None)), None, None
         return x
 
 
@@ -1030,8 +1029,11 @@ def world_model_loss(model, batch, draws, args):
     value_logits = model.value(start[None], keep=draws.keep)  # (Q, T, B, K)
     value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
-    terms = [("consistency", args.consistency_coef, consistency), ("reward", args.reward_coef, reward)]
-    terms += [("value", args.value_coef, value)]
+    terms = [
+        ("consistency", args.consistency_coef, consistency),
+        ("reward", args.reward_coef, reward),
+        ("value", args.value_coef, value),
+    ]
     if args.episodic:
         logits = model.termination(predicted).squeeze(-1)  # (T, H, B)
         ended = batch.terminated[:, None].expand_as(logits)
@@ -1232,7 +1234,7 @@ def play(run, envs, planning, stop, film):
     mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
     generator = make_generator(args.seed, f"eval {run.global_step}", mean.device)
     begin = lambda mask: envs.reset(mask, [make_seed(args.seed, "eval", j) for j in episode])
-    obs, progress = begin(episode >= 0), bar("evaluating", args.eval_episodes)
+    obs, progress = begin(episode >= 0), bar(desc="evaluating", total=args.eval_episodes)
     while (playing := episode < args.eval_episodes).any():
         if stop.is_set():
             return None
@@ -1446,20 +1448,22 @@ def versions():
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
-    packages = {package.name: package.version for package in importlib.metadata.distributions()}
-    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "git_commit": commit or None}
-    return start | {"python": sys.version.split()[0], "packages": packages}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "git_commit": commit or None,
+        "python": sys.version.split()[0],
+        "packages": {package.name: package.version for package in importlib.metadata.distributions()},
+    }
+
+
+bar = functools.partial(tqdm, leave=False, disable=None)  # a progress bar, on a terminal
 
 
 def say(message, file=None):
     """A line for the user, above the progress bars."""
     tqdm.write(message, file=file or sys.stdout)
     (file or sys.stdout).flush()
-
-
-def bar(what, total, done=0):
-    """A progress bar, on a terminal."""
-    return tqdm(total=total, desc=what, initial=done, leave=False, disable=None)
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -1530,8 +1534,8 @@ def store(run, envs, action, expert, mean):
         run.returns[ended], run.lengths[ended] = 0.0, 0
         obs = np.where(ended[:, None], begin_episodes(run, envs, ended), obs)
     columns = np.column_stack([next_obs, obs, reward, terminated, ended]).astype(np.float32)
-    columns = to_device(columns, run.obs.device)  # the one copy to the device of a vector step
-    next_obs, obs, rest = columns.tensor_split([obs.shape[1], 2 * obs.shape[1]], 1)
+    rows = to_device(columns, run.obs.device)  # the one copy to the device of a vector step
+    next_obs, obs, rest = rows.tensor_split([obs.shape[1], 2 * obs.shape[1]], 1)
     reward, terminated, ended = rest.unbind(1)
     run.buffer.add(run.obs, action, expert, reward, terminated, next_obs, ended > 0)
     run.obs, run.mean = obs, torch.where(ended[:, None, None] > 0, 0.0, shift(mean))
@@ -1540,12 +1544,12 @@ def store(run, envs, action, expert, mean):
 def train(run, envs, eval_envs, log, stop, directory):
     """BMPC's Algorithm 1. Returns the exit code: 0 when done, 75 when asked to stop."""
     args, E = run.args, run.args.num_envs
-    progress = bar("decisions", args.total_timesteps, run.global_step)
+    progress = bar(desc="decisions", total=args.total_timesteps, initial=run.global_step)
     since, clock = run.global_step, time.perf_counter()
     while True:
         # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
         if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop.is_set():
-            pretraining = bar("pretraining", args.learning_starts, run.pretrained)
+            pretraining = bar(desc="pretraining", total=args.learning_starts, initial=run.pretrained)
             while run.pretrained < args.learning_starts and not stop.is_set():
                 learn(run, pretraining=True)
                 pretraining.update()
@@ -1634,9 +1638,12 @@ def fill_in(args):
             raise Refused(f"{args.env_id} has no step limit to take the discount from; give --discount")
         n = task.episode_length / args.discount_denom
         discount = min(max((n - 1) / n, args.discount_min), args.discount_max)
-    follows = dict(zip(SIZES, MODEL_SIZES[args.model_size], strict=True)) | dict(discount=discount)
-    follows |= dict(reanalyze_log_std_min=args.log_std_min, reanalyze_log_std_max=args.log_std_max)
-    follows |= dict(reanalyze_horizon=args.horizon)
+    follows = dict(zip(SIZES, MODEL_SIZES[args.model_size], strict=True)) | {
+        "discount": discount,
+        "reanalyze_horizon": args.horizon,
+        "reanalyze_log_std_min": args.log_std_min,
+        "reanalyze_log_std_max": args.log_std_max,
+    }
     args = dataclasses.replace(args, **{k: v for k, v in follows.items() if getattr(args, k) is None})
     check_fit(args, task)
     return args, task
