@@ -1448,14 +1448,14 @@ def versions():
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
-    found = {package.name: package.version for package in importlib.metadata.distributions()}
+    version = lambda name: next((package.version for package in importlib.metadata.distributions(name=name)), None)
     names = ("torch", "numpy", "gymnasium", "dm_control", "mujoco", "shimmy", "tyro", "tensorboard")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "git_commit": commit or None,
         "python": sys.version.split()[0],
-    } | {name: found.get(name) for name in names}
+    } | {name: version(name) for name in names}
 
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # a progress bar, on a terminal
