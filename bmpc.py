@@ -673,7 +673,7 @@ class ReplayBuffer:
         self.action, self.expert = zeros(task.action_dim), zeros(2, task.action_dim)
         self.reward, self.terminated = zeros(), zeros()
         self.window = count(C + 1, E)  # a ring of C * E; the last row is nowhere
-        self.entered = count(C, 1)  # windows that had entered with each step
+        self.entered = count(C + 1, 1)  # windows that had entered with each step
         self.tail = count()  # windows that entered so far
         self.age = count(E)  # decisions of the episodes under way
         self.step = 0  # steps stored so far
@@ -689,14 +689,14 @@ class ReplayBuffer:
         slot = torch.where(complete, (self.tail + complete.cumsum(0) - 1) % (C * E), C * E)
         self.window.view(-1)[slot] = (self.step + 1 - T) % C * E + torch.arange(E, device=slot.device)
         self.tail = self.tail + complete.sum()
-        self.entered[at] = self.tail
+        self.entered[self.step % (C + 1)] = self.tail
         self.age = torch.where(ended, 0, self.age)
         self.step += 1
 
     def sample(self, u):
         """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), float64."""
         T, C, E = self.horizon, self.capacity, len(self.age)
-        left = self.entered[(self.step - C + T - 2) % C] if self.step > C else 0
+        left = self.entered[(self.step - C + T - 2) % (C + 1)] if self.step > C else 0
         k = left + (u * (self.tail - left)).long()  # (B,)
         first = self.window.view(-1)[k % (C * E)]
         rows = (first + E * torch.arange(T, device=u.device)[:, None]) % (C * E)  # (T, B)
@@ -712,8 +712,8 @@ class ReplayBuffer:
 
     def written(self):
         """By name, the parts of all tensors that were ever written to."""
-        used, tensors = min(self.step, self.capacity), {k: x for k, x in vars(self).items() if isinstance(x, Tensor)}
-        return {name: x[:used] if x.dim() > 1 else x for name, x in tensors.items()}
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return {name: x[: self.step] if x.dim() > 1 else x for name, x in tensors.items()}
 
     def state_dict(self):
         return {"step": self.step} | {name: x.clone() for name, x in self.written().items()}
