@@ -1,7 +1,7 @@
 """BMPC once more: slow, in loops, written from the papers' formulas and the project's description, to be compared with.
 
 It shares nothing with bmpc.py but the weights: networks are recomputed from them head by head, distributions come from
-torch.distributions, the optimizer is torch.optim.Adam, the planner is numpy on one state and one candidate at a time.
+torch.distributions, Adam and the clip are written out, the planner is numpy on one state and one candidate at a time.
 """
 
 import copy
@@ -12,30 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 
-
 # --- networks, from their weights
 
 
-def normed(layer, head, x, keep=None):
-    x = x @ layer.linear.weight[head] + layer.linear.bias[head, 0]
+def normed(layer, head, x, keep, activation):
+    x = x @ layer.weight[head] + layer.bias[head, 0]
     if keep is not None:
         x = x * keep
+    if activation == "none":
+        return x
     x = F.layer_norm(x, x.shape[-1:], layer.scale[head], layer.shift[head])
-    if not layer.simnorm_dim:
+    if activation == "mish":
         return x * torch.tanh(F.softplus(x))
-    return torch.cat([torch.softmax(group, -1) for group in x.split(layer.simnorm_dim, -1)], -1)
+    return torch.cat([torch.softmax(group, -1) for group in x.split(activation, -1)], -1)
 
 
 def network(net, head, x, keep=None):
     """Head `head` of a stack on x (..., in); `keep` is the dropout mask of the first layer."""
-    for i, layer in enumerate(net.hidden):
-        x = normed(layer, head, x, keep if i == 0 else None)
-    if hasattr(net.last, "simnorm_dim"):
-        return normed(net.last, head, x)
-    return x @ net.last.weight[head] + net.last.bias[head, 0]
+    *hidden, last = net.layers
+    for layer in hidden:
+        x, keep = normed(layer, head, x, keep, "mish"), None
+    return normed(last, head, x, keep, last.activation.keywords["group"] if last.activation else "none")
 
 
-def gaussian(policy, z, low, high):
+def gaussian(policy, z, args):
+    low, high = args.log_std_min, args.log_std_max
     m, s = network(policy, 0, z).chunk(2, -1)
     return torch.tanh(m), torch.exp(low + (high - low) / 2 * (torch.tanh(s) + 1))
 
@@ -84,7 +85,7 @@ def td_target(model, policy, z, eps, args):
     """One imagined trajectory of eps (td_horizon, B, A) from z (B, L): y (B,)."""
     y, alive, gamma = torch.zeros(len(z)), torch.ones(len(z)), 1.0
     for noise in eps:
-        mean, std = gaussian(policy, z, args.log_std_min, args.log_std_max)
+        mean, std = gaussian(policy, z, args)
         za = torch.cat([z, (mean + std * noise).clamp(-1, 1)], -1)
         y = y + gamma * alive * scalar(network(model.reward, 0, za), args)
         z = network(model.dynamics, 0, za)
@@ -138,16 +139,16 @@ def policy_loss(model, scale, z, expert, args):
     reduce = (lambda kl: kl.sum(-1) / A) if args.kl_reduction == "mean" else (lambda kl: kl.sum(-1))
     kls, entropies, trusts = [], [], []
     for t in range(args.horizon):
-        pi = Normal(*gaussian(model.policy, z[t], args.log_std_min, args.log_std_max))
+        pi = Normal(*gaussian(model.policy, z[t], args))
         std = torch.maximum(args.expert_std_scale * expert[t, :, 1], torch.tensor(args.expert_std_min))
         kls.append(reduce(kl_divergence(pi, Normal(expert[t, :, 0], std))))
         entropies.append(pi.entropy().sum(-1))
         if args.policy_trust_region_coef:
-            mean, std = gaussian(model.ema_policy, z[t], args.log_std_min, args.log_std_max)
+            mean, std = gaussian(model.ema_policy, z[t], args)
             trusts.append(reduce(kl_divergence(Normal(mean.detach(), std.detach()), pi)))
     low, high = np.percentile(kls[0].detach().numpy(), [5, 95])
     scale = scale + 0.01 * (max(high - low, 1.0) - scale)
-    mean_over_time = lambda parts: sum(w * part.mean() for w, part in zip(lam, parts))
+    mean_over_time = lambda parts: sum(w * part.mean() for w, part in zip(lam, parts, strict=True))
     loss = mean_over_time(kls) / scale - args.entropy_coef * A * mean_over_time(entropies)
     parts = {}
     if trusts:
@@ -156,41 +157,54 @@ def policy_loss(model, scale, z, expert, args):
     return loss, scale, parts | {"policy": loss, "kl_scale": torch.as_tensor(scale)}
 
 
+class Adam:
+    """Adam on parameters with a learning rate each, after clipping the norm of all their gradients together."""
+
+    def __init__(self, params, lrs, eps, bound):
+        self.params, self.lrs, self.eps, self.bound, self.steps = params, lrs, eps, bound, 0
+        self.m, self.v = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+
+    def step(self, loss):
+        grads = torch.autograd.grad(loss, self.params)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
+        self.steps += 1
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
+                g = g * min(1.0, self.bound / (norm + 1e-6))
+                self.m[i] = 0.9 * self.m[i] + 0.1 * g
+                self.v[i] = 0.999 * self.v[i] + 0.001 * g**2
+                m, v = self.m[i] / (1 - 0.9**self.steps), self.v[i] / (1 - 0.999**self.steps)
+                p.sub_(self.lrs[i] * m / (v.sqrt() + self.eps))
+        return norm
+
+
 class Learner:
     """Updates of a copy of `model`."""
 
     def __init__(self, model, args):
         self.model, self.args, self.scale = copy.deepcopy(model), args, float(model.kl_scale)
         m = self.model
-        modules = [m.dynamics, m.reward, m.value] + ([m.termination] if args.episodic else [])
-        self.world = [*m.encoder.parameters()] + [p for module in modules for p in module.parameters()]
-        groups = [
-            {"params": [*m.encoder.parameters()], "lr": args.lr * args.enc_lr_scale},
-            {"params": self.world[len([*m.encoder.parameters()]) :], "lr": args.lr},
-        ]
-        self.adam = torch.optim.Adam(groups)
-        self.policy_adam = torch.optim.Adam(m.policy.parameters(), lr=args.lr, eps=1e-5)
+        encoder, rest = [*m.encoder.parameters()], [m.dynamics, m.reward, m.value]
+        rest = [p for part in rest + [m.termination] * args.episodic for p in part.parameters()]
+        lrs = [args.lr * args.enc_lr_scale] * len(encoder) + [args.lr] * len(rest)
+        self.adam = Adam(encoder + rest, lrs, 1e-8, args.grad_clip_norm)
+        policy = [*m.policy.parameters()]
+        self.policy_adam = Adam(policy, [args.lr] * len(policy), 1e-5, args.grad_clip_norm)
 
     def update(self, batch, draws, pretraining):
+        """One update: its losses and gradient norms by name."""
         m, args = self.model, self.args
         total, z, parts = world_model_loss(m, batch, draws, args)
-        self.adam.zero_grad()
-        total.backward()
-        parts |= {"total": total, "grad_norm": torch.nn.utils.clip_grad_norm_(self.world, args.grad_clip_norm)}
         if not pretraining:  # on the model as the world model's loss saw it
             loss, self.scale, more = policy_loss(m, self.scale, z, batch.expert, args)
-            self.policy_adam.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(m.policy.parameters(), args.grad_clip_norm)
-            parts |= more | {"policy_grad_norm": norm}
-            self.policy_adam.step()
-        self.adam.step()
+            parts |= more | {"policy_grad_norm": self.policy_adam.step(loss)}
+        parts |= {"total": total, "grad_norm": self.adam.step(total)}
         follow = [(m.target_value, m.value, args.tau)]
         if m.ema_policy is not None and not pretraining:
             follow.append((m.ema_policy, m.policy, args.policy_ema_tau))
         with torch.no_grad():
             for slow, fast, tau in follow:
-                for x, y in zip(slow.parameters(), fast.parameters()):
+                for x, y in zip(slow.parameters(), fast.parameters(), strict=True):
                     x.copy_((1 - tau) * x + tau * y)
         return {name: torch.as_tensor(value).item() for name, value in parts.items()}
 
@@ -201,16 +215,14 @@ class Learner:
 class Simulator:
     """A model and its policy as functions of one state and one action, both numpy vectors."""
 
-    def __init__(self, model, args, low=None, high=None):
+    def __init__(self, model, args):
         self.model, self.args = model, args
-        self.low = args.log_std_min if low is None else low
-        self.high = args.log_std_max if high is None else high
 
     def joined(self, z, a):
         return torch.cat([torch.from_numpy(z), torch.from_numpy(a)])
 
     def policy(self, z):
-        return [x.numpy() for x in gaussian(self.model.policy, torch.from_numpy(z), self.low, self.high)]
+        return [x.numpy() for x in gaussian(self.model.policy, torch.from_numpy(z), self.args)]
 
     def dynamics(self, z, a):
         return network(self.model.dynamics, 0, self.joined(z, a)).numpy()
@@ -219,7 +231,8 @@ class Simulator:
         return float(scalar(network(self.model.reward, 0, self.joined(z, a)), self.args))
 
     def values(self, z):
-        return [float(scalar(network(self.model.value, q, torch.from_numpy(z)), self.args)) for q in range(self.args.num_q)]
+        heads = [network(self.model.value, q, torch.from_numpy(z)) for q in range(self.args.num_q)]
+        return [float(scalar(head, self.args)) for head in heads]
 
     def ends(self, z):
         return float(torch.sigmoid(network(self.model.termination, 0, torch.from_numpy(z)))) > 0.5
@@ -252,8 +265,8 @@ def plan(sim, z, mean, proposals, samples, elite_uniform, noise, args):
         ranked = sorted(ranked, key=lambda pair: -pair[0])[: args.num_elites]
         w = np.array([math.exp(args.temperature * (value - ranked[0][0])) for value, _ in ranked])
         w = w / w.sum()
-        mean = sum(wi * actions for wi, (_, actions) in zip(w, ranked))
-        std = np.sqrt(sum(wi * (actions - mean) ** 2 for wi, (_, actions) in zip(w, ranked)))
+        mean = sum(wi * actions for wi, (_, actions) in zip(w, ranked, strict=True))
+        std = np.sqrt(sum(wi * (actions - mean) ** 2 for wi, (_, actions) in zip(w, ranked, strict=True)))
         std = np.minimum(np.maximum(std, args.min_std), args.max_std)
     with np.errstate(divide="ignore"):
         chosen = int(np.argmax(np.log(w) - np.log(-np.log(elite_uniform))))

@@ -4,15 +4,15 @@ What bmpc.py does to be fast (the shared latent multiplied once, the proposals s
 stacked heads) is absent here. `throughput.py --compare` times it, and a test holds bmpc.plan against it.
 """
 
+import oracle
 import torch
 
 import bmpc
-import oracle
 
 
 def networks(net, x):
     """All heads of a stack on x (..., in), one after the other: (heads, ..., out)."""
-    return torch.stack([oracle.network(net, head, x) for head in range(net.last.weight.shape[0])])
+    return torch.stack([oracle.network(net, head, x) for head in range(len(net.layers[-1].weight))])
 
 
 def mlp(net, x):
@@ -32,12 +32,12 @@ def returns(model, z, actions, args):
 
 
 @torch.no_grad()
-def plan(model, policy, z, mean, draws, args, low, high):
+def plan(model, policy, z, mean, draws, args):
     """What bmpc.plan computes, for models with one dynamics head and no termination head."""
     S, P, T, A = draws.proposals.shape
     state, proposals = z[:, None].expand(-1, P, -1), []
     for t in range(T):
-        m, std = oracle.gaussian(policy, state, low, high)
+        m, std = oracle.gaussian(policy, state, args)
         proposals.append((m + std * draws.proposals[:, :, t]).clamp(-1, 1))
         state = mlp(model.dynamics, torch.cat([state, proposals[t]], -1))
     proposals = torch.stack(proposals, 2)
@@ -47,12 +47,12 @@ def plan(model, policy, z, mean, draws, args, low, high):
         actions = torch.cat([proposals, samples], 1)
         scores = returns(model, z, actions, args).nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
         best, elite = scores.topk(args.num_elites, 1)
-        elites = torch.stack([a[e] for a, e in zip(actions, elite)])
+        elites = torch.stack([a[e] for a, e in zip(actions, elite, strict=True)])
         w = torch.softmax(args.temperature * (best - best[:, :1]), 1)
         mean = torch.einsum("se,seta->sta", w, elites)
         std = torch.einsum("se,seta->sta", w, (elites - mean[:, None]) ** 2).sqrt().clamp(args.min_std, args.max_std)
     chosen = (w.log() - torch.log(-torch.log(draws.elite))).argmax(1)
-    first = torch.stack([e[c, 0] for e, c in zip(elites, chosen)])
-    value = torch.stack([b[c] for b, c in zip(best, chosen)])
+    first = torch.stack([e[c, 0] for e, c in zip(elites, chosen, strict=True)])
+    value = torch.stack([b[c] for b, c in zip(best, chosen, strict=True)])
     action = (first + std[:, 0] * draws.noise).clamp(-1, 1)
     return bmpc.Plan(action, first, elites[:, 0, 0], mean, std[:, 0], value)

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import FakeEnvs, TASK, copied, generator, make_batch, make_model, run_loop, same, small_args, start
+from conftest import TASK, FakeEnvs, copied, generator, make_batch, make_model, run_loop, same, small_args, start, train
 from torch.distributions import Normal, kl_divergence
 
 import bmpc
 
-CPU = torch.device("cpu")
 ALL = dict(  # every flag away from its default
     utd_ratio=2.0, reanalyze_use_chosen_action=False, initial_expert_from_behavior=False, num_rollouts=4,
     imagine_initial_source="replay_true", td_target_initial_source="same", encoder_consistency_coef=0.5,
@@ -19,7 +18,7 @@ ALL = dict(  # every flag away from its default
 
 
 def draws_for(args, seed=0):
-    return bmpc.draw_update(args, TASK.action_dim, generator(seed), CPU)
+    return bmpc.draw_update(args, TASK.action_dim, generator(seed))
 
 
 def world(model, batch, draws, args):
@@ -66,17 +65,17 @@ def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path, monkey
 
     args = small_args(num_envs=1, total_timesteps=15, reanalyze_interval=0)
     run_loop(args, FakeEnvs([50], events=events), tmp_path, bmpc.Functions(plan=planner))
-    assert events == ["step_async", "step_wait"] * 12 + ["update"] * 12 + ["plan", "step_async", "update", "step_wait"] * 3
+    assert (
+        events == ["step_async", "step_wait"] * 12 + ["update"] * 12 + ["plan", "step_async", "update", "step_wait"] * 3
+    )
 
 
-def test_updates_see_the_rows_stored_before_the_decision_under_way(tmp_path, monkeypatch):
-    rows = []
-    args = small_args(num_envs=1, total_timesteps=16, reanalyze_interval=0)
-    t, p = start(args, FakeEnvs([50]))
-    original = t.buffer.sample
-    t.buffer.sample = lambda u: rows.append(int(t.buffer.row)) or original(u)
-    assert bmpc.train(t, p, FakeEnvs([50]), None, bmpc.Log(tmp_path, 1), type("S", (), {"requested": False}), tmp_path) == 0
-    assert rows == [12] * 12 + [12, 13, 14, 15]
+def test_updates_see_the_rows_stored_before_the_decision_under_way(tmp_path):
+    steps, run = [], start(small_args(num_envs=1, total_timesteps=16, reanalyze_interval=0), FakeEnvs([50]))
+    original = run.buffer.sample
+    run.buffer.sample = lambda u: steps.append(run.buffer.step) or original(u)
+    train(run, FakeEnvs([50]), tmp_path)
+    assert steps == [12] * 12 + [12, 13, 14, 15]
 
 
 # --- 2c: the expert's source
@@ -88,11 +87,13 @@ class Distinct:
     def __init__(self, plans_a_decision):
         self.calls, self.every = 0, plans_a_decision
 
-    def __call__(self, model, policy, z, mean, draws, args, low, high):
+    def __call__(self, model, policy, z, mean, draws, args):
         base = 0.0 if self.calls % self.every == 0 else -1.0
         self.calls += 1
         part = lambda x: torch.full((len(z), 2), base + x)
-        return bmpc.Plan(part(0.1), part(0.2), part(0.3), torch.full_like(mean, base + 0.4), part(0.5).abs(), part(0.6)[:, 0])
+        return bmpc.Plan(
+            part(0.1), part(0.2), part(0.3), torch.full_like(mean, base + 0.4), part(0.5).abs(), part(0.6)[:, 0]
+        )
 
 
 COLLECTION = [  # use_chosen_action, chosen_action_noise, from_behavior, the expert's mean and std
@@ -111,23 +112,23 @@ def test_the_expert_stored_at_collection(tmp_path, chosen, noise, behavior, mean
         reanalyze_interval=0, utd_ratio=0.001,
     )  # fmt: skip
     functions = bmpc.Functions(plan=Distinct(1 if behavior else 2))
-    t, _ = run_loop(args, FakeEnvs([50, 50]), tmp_path, functions)
-    expert, action = (getattr(t.buffer, name).unflatten(0, (2, -1)) for name in ("expert", "action"))
-    assert (expert[:, :6, 0] == 0).all() and (expert[:, :6, 1] == 1).all()  # warm-up: N(0, 1)
-    assert (action[:, 6:20] == 0.1).all() and (action[:, :6] != 0.1).all()  # what was executed, whatever the expert
-    torch.testing.assert_close(expert[:, 6:20, 0], torch.full((2, 14, 2), mean))
-    torch.testing.assert_close(expert[:, 6:20, 1], torch.full((2, 14, 2), std))
+    buffer = run_loop(args, FakeEnvs([50, 50]), tmp_path, functions).buffer
+    expert, action = buffer.expert, buffer.action  # (step, E, ...)
+    assert (expert[:6, :, 0] == 0).all() and (expert[:6, :, 1] == 1).all()  # warm-up: N(0, 1)
+    assert (action[6:20] == 0.1).all() and (action[:6] != 0.1).all()  # what was executed, whatever the expert
+    torch.testing.assert_close(expert[6:20, :, 0], torch.full((14, 2, 2), mean))
+    torch.testing.assert_close(expert[6:20, :, 1], torch.full((14, 2, 2), std))
 
 
 @pytest.mark.parametrize("chosen, noise, mean", [(True, True, 0.2), (True, False, 0.2), (False, True, 0.4)])
 def test_the_expert_after_reanalyze(chosen, noise, mean):
     """The drawn elite's first action, never the noise; or the plan's mean."""
     args = small_args(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise)
-    buffer, batch = bmpc.ReplayBuffer(1, 40, TASK, 3, CPU), make_batch(args)
+    buffer, batch = bmpc.ReplayBuffer(args, TASK, torch.device("cpu")), make_batch(args)
     new = bmpc.reanalyze(Distinct(1), make_model(args), buffer, batch, args, generator())
     torch.testing.assert_close(new.expert[:, :3, 0], torch.full((3, 3, 2), mean))
     torch.testing.assert_close(new.expert[:, :3, 1], torch.full((3, 3, 2), 0.5))
-    torch.testing.assert_close(buffer.expert[batch.rows[:, :3]], new.expert[:, :3])
+    torch.testing.assert_close(buffer.expert.flatten(0, 1)[batch.rows[:, :3]], new.expert[:, :3])
 
 
 def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(tmp_path):
@@ -135,28 +136,22 @@ def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(t
     runs = []
     for behavior in (True, False):
         args = small_args(initial_expert_from_behavior=behavior, utd_ratio=0.001)
-        (tmp_path / str(behavior)).mkdir()
-        t, p = run_loop(args, FakeEnvs([5, 7]), tmp_path / str(behavior))
-        runs.append((t, p))
-    (a, p), (b, q) = runs
-    assert torch.equal(a.buffer.action, b.buffer.action) and torch.equal(p.mean, q.mean)
+        runs.append(run_loop(args, FakeEnvs([5, 7]), tmp_path / str(behavior)))
+    a, b = runs
+    assert torch.equal(a.buffer.action, b.buffer.action) and torch.equal(a.mean, b.mean)
     assert torch.equal(a.draws["collect"].get_state(), b.draws["collect"].get_state())
     assert not torch.equal(a.buffer.expert, b.buffer.expert)
 
 
 def test_a_separate_first_plan_is_unwarmed_noiseless_and_from_its_own_generator():
     args = small_args(initial_expert_from_behavior=False)
-    t, _ = start(args, FakeEnvs([5, 7]))
-    t.buffer.add(torch.zeros(2, 2), torch.ones(2, 2, 2), torch.zeros(2), torch.zeros(2), torch.ones(2, 4))
-    mean = torch.rand(2, 3, 2, generator=generator(1))
-    state = t.draws["expert"].get_state()
-    acted, _ = bmpc.act(bmpc.plan, t.model, t.buffer, mean, args, t.draws)
-    rng = generator()
-    rng.set_state(state)
-    noise = bmpc.draw_plan(args, 2, 2, 3, rng, CPU)
-    z = t.model.encoder(t.buffer.current_obs())
-    expected = bmpc.plan(t.model, t.model.policy, z, torch.zeros(2, 3, 2), noise, args, args.log_std_min, args.log_std_max)
-    torch.testing.assert_close(acted.expert, torch.stack([expected.elite, expected.std], 1))
+    run = start(args, FakeEnvs([5, 7]))
+    mean, rng = torch.rand(2, 3, 2, generator=generator(1)), generator()
+    rng.set_state(run.draws["expert"].get_state())
+    (_, expert, _), _ = bmpc.act(bmpc.plan, run.model, run.obs, mean, args, run.draws)
+    z, noise = run.model.encoder(run.obs), bmpc.draw_plan(args, 2, 2, 3, rng)
+    expected = bmpc.plan(run.model, run.model.policy, z, torch.zeros(2, 3, 2), noise, args)
+    torch.testing.assert_close(expert, torch.stack([expected.elite, expected.std], 1))
 
 
 # --- 2d: num_rollouts
@@ -170,7 +165,6 @@ def test_four_rollouts_are_the_mean_of_four_losses_under_the_same_draws(double):
     each = [world(model, batch, draws._replace(td=draws.td[r : r + 1]), one)[1]["value"] for r in range(4)]
     torch.testing.assert_close(four["value"], sum(each) / 4)
     assert max(each) > min(each) + 1e-4  # four different ones
-    assert "td_target_std_over_rollouts" not in world(model, batch, draws._replace(td=draws.td[:1]), one)[1]
     y = bmpc.td_target(model, model.policy, torch.stack([model.encoder(o) for o in batch.obs[:3]]), draws.td, args)
     torch.testing.assert_close(four["td_target_std_over_rollouts"], y[0].std(0).mean())
 
@@ -184,7 +178,7 @@ def test_the_targets_variance_falls_as_one_over_the_rollouts(double):
         values = []
         for _ in range(600):
             with torch.no_grad():
-                values.append(world(model, batch, bmpc.draw_update(args, 2, rng, CPU), args)[1]["value"])
+                values.append(world(model, batch, bmpc.draw_update(args, 2, rng), args)[1]["value"])
         variance[R] = torch.stack(values).var().item()
     assert 3.2 < variance[1] / variance[4] < 5, variance
 
@@ -216,7 +210,9 @@ def gradients(model, total, *networks):
     """The norm of total's gradient in each network."""
     norms = []
     for name in networks:
-        grads = torch.autograd.grad(total, list(getattr(model, name).parameters()), retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            total, list(getattr(model, name).parameters()), retain_graph=True, allow_unused=True
+        )
         norms.append(sum(0.0 if g is None else float(g.abs().sum()) for g in grads))
     return norms
 
@@ -225,10 +221,11 @@ def test_values_at_true_states_teach_the_encoder_and_not_the_dynamics():
     """Also at t > 0, where the baseline's encodings have no gradient at all."""
     args = small_args(consistency_coef=0.0, reward_coef=0.0, value_coef=1.0, imagine_initial_source="replay_true")
     model, batch = make_model(args), make_batch(args)
-    encoder, dynamics, reward = gradients(model, world(model, batch, draws_for(args), args)[0], "encoder", "dynamics", "reward")
+    total, _ = world(model, batch, draws_for(args), args)
+    encoder, dynamics, reward = gradients(model, total, "encoder", "dynamics", "reward")
     assert encoder > 1e-3 and dynamics == 0 and reward == 0
-    args = dataclasses.replace(args, imagine_initial_source="replay_rollout")
-    encoder, dynamics, _ = gradients(model, world(model, batch, draws_for(args), args)[0], "encoder", "dynamics", "reward")
+    total, _ = world(model, batch, draws_for(args), dataclasses.replace(args, imagine_initial_source="replay_rollout"))
+    encoder, dynamics = gradients(model, total, "encoder", "dynamics")
     assert encoder > 1e-3 and dynamics > 1e-3
 
 
@@ -261,12 +258,11 @@ def test_ordinary_consistency_does_not_reach_the_encodings_it_is_compared_with()
     """Both together are the full derivative of the distance; the ordinary one is what is left without the flag's."""
     args = small_args(reward_coef=0.0, value_coef=0.0, consistency_coef=1.0, encoder_consistency_coef=1.0, horizon=1)
     model, batch = make_model(args), make_batch(args)
-    model.encoder(batch.obs[1]).sum()
     z = model.dynamics(model.encoder(batch.obs[0])[None], batch.action[0][None])[0]
     full = (z - model.encoder(batch.obs[1])).square().mean()
     params = list(model.encoder.parameters())
     total, _ = world(model, batch, draws_for(args), args)
-    for mine, other in zip(torch.autograd.grad(total, params), torch.autograd.grad(full, params)):
+    for mine, other in zip(torch.autograd.grad(total, params), torch.autograd.grad(full, params), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
@@ -280,7 +276,7 @@ def test_the_ema_policy_follows_tau_after_every_policy_update(double):
     optimizers, rng = bmpc.make_optimizers(model, args), generator(1)
     expected = copied(model.ema_policy)
     for k in range(4):
-        draws = bmpc.draw_update(args, 2, rng, CPU)
+        draws = bmpc.draw_update(args, 2, rng)
         bmpc.update(bmpc.Functions(), model, optimizers, make_batch(args, seed=k), draws, args, pretraining=False)
         expected = {name: 0.7 * x + 0.3 * model.policy.state_dict()[name] for name, x in expected.items()}
         for name, x in model.ema_policy.state_dict().items():
@@ -289,7 +285,8 @@ def test_the_ema_policy_follows_tau_after_every_policy_update(double):
 
 
 def test_the_ema_policy_exists_only_where_it_is_needed():
-    for changes, there in (({}, False), (dict(td_target_use_ema_policy=True), True), (dict(policy_trust_region_coef=0.1), True)):
+    uses = (dict(td_target_use_ema_policy=True), dict(policy_trust_region_coef=0.1))
+    for changes, there in (({}, False), *((use, True) for use in uses)):
         assert (bmpc.WorldModel(TASK, small_args(**changes), generator()).ema_policy is not None) == there
 
 
@@ -298,13 +295,13 @@ def test_the_ema_policy_acts_in_td_targets_only():
     args = small_args(td_target_use_ema_policy=True)
     model, batch, draws = make_model(args), make_batch(args), draws_for(args)
     z = model.encoder(batch.obs[0]).detach()
-    noise = bmpc.draw_plan(args, 12, 2, 3, generator(), CPU)
+    noise = bmpc.draw_plan(args, 12, 2, 3, generator())
 
     def everything():
         _, states, metrics = bmpc.world_model_loss(model, batch, draws, args)
         planned = bmpc.plan_in_chunks(bmpc.plan, model, model.policy, z, torch.zeros(12, 3, 2), noise, args)
         metrics = metrics | bmpc.policy_loss(model, states, batch.expert, args)[2]
-        return metrics | {f"plan/{name}": x for name, x in zip(planned._fields, planned)}
+        return metrics | {f"plan/{name}": x for name, x in zip(planned._fields, planned, strict=True)}
 
     before = everything()
     with torch.no_grad():
@@ -348,7 +345,7 @@ def test_the_trust_region_is_kl_of_ema_under_policy_in_the_experts_units(double,
     model, z, expert = make_model(args), torch.randn(3, 12, 16, generator=generator(2)), make_batch(args).expert
     model.kl_scale.fill_(5.0)
     found, scale, metrics = trust_region(model, z, expert, args)
-    ema, policy = (Normal(*bmpc.policy_gaussian(net, z, -5.0, 1.0)) for net in (model.ema_policy, model.policy))
+    ema, policy = (Normal(*bmpc.policy_gaussian(net, z, args)) for net in (model.ema_policy, model.policy))
     weights = torch.tensor([4 / 7, 2 / 7, 1 / 7])
     reduced = lambda kl: ((kl.mean(-1) if reduction == "mean" else kl.sum(-1)).mean(1) * weights).sum() / scale
     expected = reduced(kl_divergence(ema, policy))
@@ -366,9 +363,9 @@ def test_the_trust_region_is_zero_at_the_start_and_its_gradient_pulls_towards_th
     model = make_model(args)
     model.ema_policy.load_state_dict(model.policy.state_dict())
     with torch.no_grad():
-        model.policy.last.bias[..., :2] += torch.tensor([0.4, -0.4])  # the means moved apart, one up and one down
+        model.policy.layers[-1].bias[..., :2] += torch.tensor([0.4, -0.4])  # the means moved apart, one up and one down
     found, _, _ = trust_region(model, z, expert, args)
-    (grad,) = torch.autograd.grad(found, [model.policy.last.bias])
+    (grad,) = torch.autograd.grad(found, [model.policy.layers[-1].bias])
     assert found > 0.01 and grad[0, 0, 0] > 0 and grad[0, 0, 1] < 0  # descent brings them back
     assert not any(p.requires_grad for p in model.ema_policy.parameters())
 
@@ -376,50 +373,43 @@ def test_the_trust_region_is_zero_at_the_start_and_its_gradient_pulls_towards_th
 # --- at the defaults, and all together
 
 
-DIAGNOSTICS = {
+DIAGNOSTICS = {  # logged only where its flag is on
     "losses/encoder_consistency": dict(encoder_consistency_coef=0.1),
     "losses/trust_region": dict(policy_trust_region_coef=0.1),
     "losses/td_target_std_over_rollouts": dict(num_rollouts=2),
-    "planner/executed_minus_mean": dict(reanalyze_use_chosen_action=False),
 }
 
 
-def logged(directory, args):
-    run_loop(args, FakeEnvs([5, 7]), directory)
-    return {line.split(",")[2] for line in (directory / "metrics.csv").read_text().splitlines()[1:]}
+def ended(directory, args):
+    """The end of a run's model, experts and generators, and the tags it logged."""
+    run = run_loop(args, FakeEnvs([5, 7]), directory)
+    state = run.state_dict()
+    tags = {line.split(",")[2] for line in (directory / "metrics.csv").read_text().splitlines()[1:]}
+    return [{k: x for k, x in state["model"].items() if "ema" not in k}, state["buffer"], state["draws"]], tags
 
 
-def test_a_diagnostic_is_logged_only_when_its_flag_is_on(tmp_path):
-    args = small_args(log_freq=10, total_timesteps=20)
-    base = logged(tmp_path / "base", args)
-    assert base.isdisjoint(DIAGNOSTICS) and "losses/value" in base
-    for k, (name, changes) in enumerate(DIAGNOSTICS.items()):
-        assert logged(tmp_path / str(k), dataclasses.replace(args, **changes)) == base | {name}
+def test_a_flag_at_its_default_leaves_every_bit_and_away_from_it_changes_the_run(tmp_path):
+    """Also the EMA policy that nobody looks at, and a step of it that nobody takes: no draw, no bit is another."""
+    args = small_args(log_freq=10, total_timesteps=28, reanalyze_interval=5)
+    base, tags = ended(tmp_path / "base", args)
+    assert tags.isdisjoint(DIAGNOSTICS) and "losses/value" in tags
+    tiny = dict(policy_trust_region_coef=1e-30)  # the copy and the term are there, but round off
+    for k, changes in enumerate([dict(policy_ema_tau=0.5), tiny]):
+        assert same(ended(tmp_path / f"same{k}", dataclasses.replace(args, **changes))[0], base), changes
+    others = dict(
+        utd_ratio=2.0, reanalyze_use_chosen_action=False, chosen_action_noise=False, initial_expert_from_behavior=False,
+        imagine_initial_source="replay_true", td_target_initial_source="same", td_target_use_ema_policy=True,
+    )  # fmt: skip
+    changed = [(changes, {name}) for name, changes in DIAGNOSTICS.items()]
+    for k, (changes, more) in enumerate(changed + [({name: value}, set()) for name, value in others.items()]):
+        state, found = ended(tmp_path / str(k), dataclasses.replace(args, **changes))
+        assert not same(state, base) and found == tags | more, changes
 
 
 def test_all_flags_at_once_run_on_every_number_finite(tmp_path):
-    args = small_args(log_freq=10, reanalyze_interval=3, **(ALL | dict(td_target_initial_source="replay_true")))
-    t, p = run_loop(args, FakeEnvs([5, 7]), tmp_path)
-    assert p.updates == 56 and p.pretrained == 12
-    assert all(torch.isfinite(x).all() for x in t.model.state_dict().values())
+    args = small_args(log_freq=10, reanalyze_interval=3, **ALL)
+    run = run_loop(args, FakeEnvs([5, 7]), tmp_path)
+    assert run.updates == 56 and run.pretrained == 12
+    assert all(torch.isfinite(x).all() for x in run.model.state_dict().values())
     values = [float(line.split(",")[3]) for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
     assert all(map(math.isfinite, values)) and len(values) > 50
-
-
-def test_compiled_functions_are_one_graph_and_compute_the_eager_numbers():
-    """Traced and differentiated by the compiler, run by torch (aot_eager): what a graph break or a mutation would spoil."""
-    args = small_args(episodic=True, horizon=2, iterations=2, **(ALL | dict(num_rollouts=2)))
-    make = lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
-    ends = []
-    for functions in (bmpc.Functions(), bmpc.Functions(*map(make, bmpc.Functions()))):
-        model = make_model(args)
-        optimizers, rng, metrics = bmpc.make_optimizers(model, args), generator(1), []
-        for k in range(2):
-            draws, batch = bmpc.draw_update(args, 2, rng, CPU), make_batch(args, seed=k)
-            buffer = bmpc.ReplayBuffer(1, 40, TASK, 2, CPU)
-            batch = bmpc.reanalyze(functions.plan, model, buffer, batch, args, rng)
-            found = bmpc.update(functions, model, optimizers, batch, draws, args, False)
-            metrics.append({name: x.clone() for name, x in found.items()})
-        ends.append((metrics, copied(model)))
-    for mine, other in zip(*(torch.utils._pytree.tree_leaves(end) for end in ends)):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
