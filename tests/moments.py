@@ -11,59 +11,51 @@ import signal
 import sys
 
 
-def resolve(script, path: str):
-    """The owner and name of `path`, as seen from the script: `learn`, `Envs.step_wait`, `torch.save`."""
-    owner, names = script, path.split(".")
-    for name in names[:-1]:
-        owner = getattr(owner, name)
-    return owner, names[-1]
+def before(script, path, happen, inside=""):
+    """Calls happen(number of the call, its arguments) before every call of `path`: `learn`, `Envs.step_wait`.
+
+    Counts only the calls made while the function `inside` is under way.
+    """
+    under_way, calls = [], [0]
+
+    def wrapped(path, first, last):
+        *owner, name = path.split(".")
+        owner = functools.reduce(getattr, owner, script)
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapper(*args, **kwargs):
+            first(args)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                last()
+
+        setattr(owner, name, wrapper)
+
+    def count(args):
+        if under_way or not inside:
+            calls[0] += 1
+            happen(calls[0], args)
+
+    wrapped(path, count, lambda: None)
+    if inside:
+        wrapped(inside, under_way.append, under_way.pop)
 
 
-def before(script, path: str, happen):
-    """Calls happen(number of the call, its arguments) before every call of `path`."""
-    owner, name = resolve(script, path)
-    original, calls = getattr(owner, name), [0]
-
-    @functools.wraps(original)
-    def wrapper(*args, **kwargs):
-        calls[0] += 1
-        happen(calls[0], args)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapper)
+def send(name):
+    """SIGKILL to the process alone; what asks it to stop goes to its process group, as Ctrl-C and SLURM send it."""
+    if name == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(os.getpgrp(), getattr(signal, name))
 
 
-def within(script, path: str) -> list:
-    """A list that holds the number of the call of `path` that is under way, and is empty between calls."""
-    owner, name = resolve(script, path)
-    original, calls, under_way = getattr(owner, name), [0], []
-
-    @functools.wraps(original)
-    def wrapper(*args, **kwargs):
-        calls[0] += 1
-        under_way.append(calls[0])
-        try:
-            return original(*args, **kwargs)
-        finally:
-            under_way.pop()
-
-    setattr(owner, name, wrapper)
-    return under_way
-
-
-def strike(script, name: str, path: str, number: int, inside: str = ""):
+def strike(script, name, path, number, inside=""):
     """The signal `name` at the `number`-th call of `path`, counting only those made inside the function `inside`."""
-    under_way, counted = within(script, inside) if inside else [0], [0]
-
-    def happen(_, args):
-        counted[0] += bool(under_way)
-        if under_way and counted[0] == number:
-            os.kill(os.getpid(), getattr(signal, name))
-
-    before(script, path, happen)
+    before(script, path, lambda call, _: call == number and send(name), inside)
 
 
-def strike_half_saved(script, name: str, number: int, share: float):
+def strike_half_saved(script, name, number, share):
     """The signal `name` when the `number`-th checkpoint's bytes are written to `share`."""
 
     def happen(call, args):
@@ -72,51 +64,38 @@ def strike_half_saved(script, name: str, number: int, share: float):
             original(args[0], whole)
             args[1].write(whole.getvalue()[: int(share * whole.tell())])
             args[1].flush()
-            os.kill(os.getpid(), getattr(signal, name))
+            send(name)
 
     original = script.torch.save
     before(script, "torch.save", happen)
 
 
-def strike_between_renames(script, name: str, number: int):
+def strike_before_rename(script, name, number):
     """The signal `name` when the `number`-th checkpoint is written and about to take its place."""
     seen = [0]
 
     def happen(_, args):
         seen[0] += str(args[1]).endswith("checkpoint.pt")
         if str(args[1]).endswith("checkpoint.pt") and seen[0] == number:
-            os.kill(os.getpid(), getattr(signal, name))
+            send(name)
 
     before(script, "os.replace", happen)
 
 
-def strike_anywhere(script, name: str, number: int):
-    """The signal `name` at the `number`-th call or return, of Python or C, seen from a line of the script's main thread."""
+def strike_anywhere(script, name, number):
+    """The signal `name` at the `number`-th call or return that a line of the script's main thread makes or sees."""
     seen = [0]
 
     def profile(frame, event, arg):
         if frame.f_code.co_filename == script.__file__:
             seen[0] += 1
             if seen[0] == number:
-                os.kill(os.getpid(), getattr(signal, name))
+                send(name)
 
     sys.setprofile(profile)
 
 
-def count_events(script, path: str):
-    """Writes to `path` how many calls and returns strike_anywhere can choose from."""
-    import atexit
-
-    seen = [0]
-
-    def profile(frame, event, arg):
-        seen[0] += frame.f_code.co_filename == script.__file__
-
-    sys.setprofile(profile)
-    atexit.register(lambda: (sys.setprofile(None), open(path, "w").write(str(seen[0]))))
-
-
-def kill_worker(script, worker: int, path: str, number: int):
+def kill_worker(script, worker, path, number, inside=""):
     """SIGKILL to an environment's process before the `number`-th call of `path`, a method of Envs."""
 
     def happen(call, args):
@@ -125,26 +104,32 @@ def kill_worker(script, worker: int, path: str, number: int):
             process.kill()
             process.join()
 
-    before(script, path, happen)
+    before(script, path, happen, inside)
 
 
-def full_disk(script, path: str, first: int, last: int, size: int):
-    """From the `first` call of `path` to the `last`, no file can grow past `size` bytes."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+def poison(script, path, number):
+    """A weight of the policy is not a number from the `number`-th call of `path`, a function of the run, on."""
 
     def happen(call, args):
-        if call in (first, last):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size if call == first else hard, hard))
+        if call == number:
+            args[0].model.policy.layers[-1].bias.data[0, 0, 0] = float("nan")
 
     before(script, path, happen)
 
 
-def hide(script, module: str):
+def full_disk(script, path, number, size):
+    """From the `number`-th call of `path` on, no file can grow past `size` bytes."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limit = lambda call, _: call == number and resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    before(script, path, limit)
+
+
+def hide(script, module):
     """Makes `import module` fail, as where it is not installed."""
     sys.modules[module] = None
 
 
-def compile_only(script, *names: str):
+def compile_only(script, *names):
     """With --compile, compiles these of the functions worth compiling and leaves the others as they are."""
     compiled = script.compiled
 

@@ -29,7 +29,8 @@ class Zygote:
     started = None
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, str(TESTS / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, str(TESTS / "zygote.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.lock, self.answers, self.runs = threading.Lock(), queue.Queue(), {}
         threading.Thread(target=self.listen, daemon=True).start()
         atexit.register(self.end)
@@ -49,7 +50,7 @@ class Zygote:
         self.process.stdin.close()
         self.process.wait()
 
-    def start(self, run: "Run", request: dict) -> int:
+    def start(self, run, request):
         with self.lock:
             self.process.stdin.write((json.dumps(request) + "\n").encode())
             self.process.stdin.flush()
@@ -61,7 +62,7 @@ class Zygote:
 class Run:
     """A started run; a `fresh` one imports all by itself."""
 
-    def __init__(self, cwd: Path, argv: list[str], moments=(), environ=None, script: str = "bmpc", fresh: bool = False):
+    def __init__(self, cwd, argv, moments=(), environ=None, script="bmpc", fresh=False):
         number = len(list(cwd.glob("stdout.*")))
         self.cwd, self.codes, self.code = cwd, queue.Queue(), None
         self.stdout, self.stderr = cwd / f"stdout.{number}", cwd / f"stderr.{number}"
@@ -77,22 +78,22 @@ class Run:
             Zygote.started = Zygote.started or Zygote()
             self.pid = Zygote.started.start(self, request)
 
-    def wait(self) -> "Run":
+    def wait(self):
         """Until it ended; `code` is its exit code, or minus the number of the signal that ended it."""
         if self.code is None:
             self.code = self.codes.get(timeout=PATIENCE)
         return self
 
-    def said(self) -> str:
+    def said(self):
         return self.stdout.read_text()
 
-    def warned(self) -> str:
+    def warned(self):
         return self.stderr.read_text()
 
     def __repr__(self):
         return f"<run {self.pid}, code {self.code}\n{self.said()[-2000:]}\n{self.warned()[-3000:]}>"
 
-    def processes(self) -> list[int]:
+    def processes(self):
         """The living processes of its session, workers included."""
         found = []
         for status in Path("/proc").glob("[0-9]*/stat"):
@@ -105,17 +106,17 @@ class Run:
         return found
 
 
-def start(cwd: Path, *flags, task: str = "cartpole-swingup", **options) -> Run:
+def start(cwd, *flags, task="cartpole-swingup", **options):
     """A run with tiny sizes: `flags` follow, and override, those of TINY."""
     cwd.mkdir(parents=True, exist_ok=True)
     return Run(cwd, ["--task", task, *TINY, *map(str, flags)], **options)
 
 
-def finish(cwd: Path, *flags, **options) -> Run:
+def finish(cwd, *flags, **options):
     return start(cwd, *flags, **options).wait()
 
 
-def until(condition, run: Run):
+def until(condition, run):
     """Waits for `condition()`; fails if the run ends first."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -124,7 +125,7 @@ def until(condition, run: Run):
         time.sleep(0.01)
 
 
-def gone(run: Run) -> bool:
+def gone(run):
     """Whether every process of an ended run is gone, after a while if need be."""
     deadline = time.monotonic() + PATIENCE
     while run.processes():
@@ -134,24 +135,24 @@ def gone(run: Run) -> bool:
     return True
 
 
-def directory(cwd: Path) -> Path:
+def directory(cwd):
     """The directory of the one run under `cwd`."""
     (found,) = (cwd / "runs").iterdir()
     return found
 
 
-def checkpoint(path: Path) -> dict:
+def checkpoint(path):
     return torch.load(path if path.is_file() else directory(path) / "checkpoint.pt", weights_only=True)
 
 
-def numbers(cwd: Path) -> list[tuple]:
+def numbers(cwd):
     """The lines of metrics.csv, but for speeds."""
     with open(directory(cwd) / "metrics.csv", newline="") as file:
         lines = [tuple(line) for line in csv.reader(file)]
-    return [line for line in lines if line[2] != "charts/SPS" and not line[2].startswith("time/")]
+    return [line for line in lines if line[2] != "charts/SPS"]
 
 
-def differences(a, b, path: str = "") -> list[str]:
+def differences(a, b, path=""):
     """Where two trees of tensors, numbers and strings are not the same, to the bit."""
     if type(a) is not type(b):
         return [f"{path}: {type(a).__name__} and {type(b).__name__}"]
@@ -162,7 +163,7 @@ def differences(a, b, path: str = "") -> list[str]:
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [f"{path}: lengths {len(a)} and {len(b)}"]
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}/{i}")]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
     if isinstance(a, torch.Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
     else:
@@ -170,13 +171,14 @@ def differences(a, b, path: str = "") -> list[str]:
     return [] if same else [f"{path}: {a if not isinstance(a, torch.Tensor) else ''} differs"]
 
 
-def lost(reference: Path, other: Path) -> list[str]:
+def lost(reference, other):
     """What differs between two runs that should be the same: log, and everything that their last checkpoints hold."""
     a, b = checkpoint(reference), checkpoint(other)
-    for state in (a, b):
-        del state["log"]["size"]  # bytes of the log, in which speeds have more or fewer digits
+    for state in (a, b):  # how long the run is to be, and how it was begun
+        state["args"] |= {"total_timesteps": 0, "resume": ""}
     found = differences(a, b)
     ours, theirs = numbers(reference), numbers(other)
     if ours != theirs:
-        found += [f"log: {x} and {y}" for x, y in zip(ours, theirs) if x != y][:3] or [f"log: {len(ours)} and {len(theirs)} lines"]
+        found += [f"log: {len(ours)} and {len(theirs)} lines"]
+        found += [f"log: {x} and {y}" for x, y in zip(ours, theirs, strict=False) if x != y][:3]
     return found

@@ -15,7 +15,7 @@ class Toy(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(-2.0, 3.0, (2,), np.float32)
 
-    def __init__(self, happen: str = "", after: int = 0, render_mode=None):
+    def __init__(self, happen="", after=0, render_mode=None):
         if happen == "unmade" and multiprocessing.current_process().name.endswith("-0"):  # the first worker
             raise RuntimeError("this simulator cannot be made")
         self.happen, self.after, self.steps, self.render_mode = happen, after, 0, render_mode
@@ -34,7 +34,7 @@ class Toy(gym.Env):
         self.steps, self.t = self.steps + 1, self.t + 1
         self.speed = 0.9 * self.speed + 0.1 * float(action[0] - action[1])
         self.x += 0.1 * self.speed
-        obs, reward = self.observation(), float(np.exp(-self.x**2))
+        obs, reward = self.observation(), float(np.exp(-(self.x**2)))
         if self.steps == self.after:
             if self.happen == "reward":
                 reward = np.nan
@@ -49,12 +49,12 @@ class Toy(gym.Env):
         return obs, reward, terminated, truncated, {}
 
 
-def register(name: str, limit=10, **kwargs):
+def register(name, limit=10, **kwargs):
     gym.register(f"{name}-v0", entry_point=Toy, max_episode_steps=limit, kwargs=kwargs)
 
 
 register("Toy")
-register("ToyEndless", limit=None)
+register("ToyLong", limit=100)
 register("ToyTerminates", happen="terminates")
 register("ToyShort", happen="short")
 register("ToyNoise", happen="noise")

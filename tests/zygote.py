@@ -1,6 +1,6 @@
 """Starts runs as processes of their own without importing torch and the simulators anew for each.
 
-Reads one JSON request a line from stdin and forks; the child runs `cli()` of the script as `python bmpc.py ARGV` would,
+Reads one JSON request a line from stdin and forks; the child runs the `main()` of the script as `python bmpc.py ARGV`,
 in a session of its own, with its own directory, output files, environment variables and, if asked, a moment at which
 something happens to it (moments.py). Answers on stdout: {"started": pid}, and {"ended": pid, "code": ...} at its end.
 With a request as its argument it becomes that run itself, for what depends on how a process begins.
@@ -23,7 +23,7 @@ def answer(**message):
     os.write(ANSWERS, (json.dumps(message) + "\n").encode())
 
 
-def become(request: dict) -> int:
+def become(request):
     """Turns this freshly forked process into the run that `request` describes. Returns its exit code."""
     if os.getsid(0) != os.getpid():
         os.setsid()
@@ -39,7 +39,7 @@ def become(request: dict) -> int:
     sys.argv = [script.__file__, *request["argv"]]
     for name, *arguments in request["moments"]:
         getattr(importlib.import_module("moments"), name)(script, *arguments)
-    return script.cli()
+    return script.main()
 
 
 def main():
