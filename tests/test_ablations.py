@@ -65,6 +65,7 @@ def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path, monkey
 
     args = small_args(num_envs=1, total_timesteps=15, reanalyze_interval=0)
     run_loop(args, FakeEnvs([50], events=events), tmp_path, bmpc.Functions(plan=planner))
+    warm_up = ["step_async", "step_wait"] * 12 + ["update"] * 12
     assert events == warm_up + ["plan", "step_async", "update", "step_wait"] * 3
 
 
