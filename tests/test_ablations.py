@@ -65,9 +65,8 @@ def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path, monkey
 
     args = small_args(num_envs=1, total_timesteps=15, reanalyze_interval=0)
     run_loop(args, FakeEnvs([50], events=events), tmp_path, bmpc.Functions(plan=planner))
-    assert (
-        events == ["step_async", "step_wait"] * 12 + ["update"] * 12 + ["plan", "step_async", "update", "step_wait"] * 3
-    )
+    warm_up = ["step_async", "step_wait"] * 12 + ["update"] * 12
+    assert events == warm_up + ["plan", "step_async", "update", "step_wait"] * 3
 
 
 def test_updates_see_the_rows_stored_before_the_decision_under_way(tmp_path):
@@ -176,11 +175,11 @@ def test_the_targets_variance_falls_as_one_over_the_rollouts(double):
         args = small_args(num_rollouts=R, batch_size=1, dropout=0.0, horizon=1)
         model, batch, rng = make_model(args), make_batch(args), generator(5)
         values = []
-        for _ in range(600):
+        for _ in range(400):
             with torch.no_grad():
                 values.append(world(model, batch, bmpc.draw_update(args, 2, rng), args)[1]["value"])
         variance[R] = torch.stack(values).var().item()
-    assert 3.2 < variance[1] / variance[4] < 5, variance
+    assert 3 < variance[1] / variance[4] < 5.4, variance
 
 
 # --- 2e: where values are predicted, and where imagination starts
@@ -291,7 +290,7 @@ def test_the_ema_policy_exists_only_where_it_is_needed():
 
 
 def test_the_ema_policy_acts_in_td_targets_only():
-    """Another EMA changes the targets, and nothing in plans, the other losses or, without trust region, the policy's."""
+    """Another EMA changes the targets, and nothing in plans, other losses or, without trust region, the policy's."""
     args = small_args(td_target_use_ema_policy=True)
     model, batch, draws = make_model(args), make_batch(args), draws_for(args)
     z = model.encoder(batch.obs[0]).detach()
@@ -390,7 +389,7 @@ def ended(directory, args):
 
 def test_a_flag_at_its_default_leaves_every_bit_and_away_from_it_changes_the_run(tmp_path):
     """Also the EMA policy that nobody looks at, and a step of it that nobody takes: no draw, no bit is another."""
-    args = small_args(log_freq=10, total_timesteps=28, reanalyze_interval=5)
+    args = small_args(log_freq=10, total_timesteps=20, reanalyze_interval=4)
     base, tags = ended(tmp_path / "base", args)
     assert tags.isdisjoint(DIAGNOSTICS) and "losses/value" in tags
     tiny = dict(policy_trust_region_coef=1e-30)  # the copy and the term are there, but round off
