@@ -89,15 +89,26 @@ class Bench:
         near = [max(pair) for pair in zip(peaks, peaks[1:])]
         share = statistics.median(work / seconds / peak for seconds, peak in zip(times, near))
         row = dict(name=name, mode=mode, seconds=median, low=min(times), high=max(times), gflop=work / 1e9, first=first)
-        row |= dict(peak=max(peaks) / 1e9, share=share if work else None, best=work / min(times) / max(peaks) if work else None)
+        row |= dict(
+            peak=max(peaks) / 1e9, share=share if work else None, best=work / min(times) / max(peaks) if work else None
+        )
         self.rows.append(row)
-        rate = f"{work / 1e9:9.1f} GFLOP  {work / median / 1e9:7.0f} GFLOP/s  share {share:.2f}  best {row['best']:.2f}" if work else ""
-        print(f"{name:34s} {mode:9s} {median * 1e3:10.2f} ms  [{min(times) * 1e3:.2f}, {max(times) * 1e3:.2f}]  {rate}", flush=True)
+        rate = (
+            f"{work / 1e9:9.1f} GFLOP  {work / median / 1e9:7.0f} GFLOP/s  share {share:.2f}  best {row['best']:.2f}"
+            if work
+            else ""
+        )
+        print(
+            f"{name:34s} {mode:9s} {median * 1e3:10.2f} ms  [{min(times) * 1e3:.2f}, {max(times) * 1e3:.2f}]  {rate}",
+            flush=True,
+        )
 
 
 def make(script, device, compile: bool, **changes):
     """A run of the script at model size 5 with a full enough buffer: (Training, Progress, Args)."""
-    args = script.Args(env_id="dog-run", action_repeat=2, discount=0.99, compile=compile, total_timesteps=8_000, **changes)
+    args = script.Args(
+        env_id="dog-run", action_repeat=2, discount=0.99, compile=compile, total_timesteps=8_000, **changes
+    )
     sizes = {k: v for k, v in bmpc.MODEL_SIZES[5].items() if k not in changes}
     args = dataclasses.replace(args, **sizes)
     t, p = script.set_up(args, script.TaskInfo(OBS, A, 500), device)
@@ -111,7 +122,13 @@ def fill(buffer, steps: int):
     buffer.begin(torch.ones(E, dtype=torch.bool, device=device), torch.randn(E, OBS, device=device))
     for _ in range(steps):
         action, expert = torch.rand(E, A, device=device) * 2 - 1, torch.rand(E, *buffer.expert.shape[1:], device=device)
-        buffer.add(action, expert, torch.rand(E, device=device), torch.zeros(E, device=device), torch.randn(E, OBS, device=device))
+        buffer.add(
+            action,
+            expert,
+            torch.rand(E, device=device),
+            torch.zeros(E, device=device),
+            torch.randn(E, OBS, device=device),
+        )
 
 
 def bench_act(bench, device, mode, options):
@@ -138,14 +155,23 @@ def bench_reanalyze(bench, device, mode, options):
             model, policy, z, mean, draws, args, args.log_std_min, args.log_std_max
         )
     work = args.reanalyze_batch_size * args.horizon * flops(args)["plan"]
-    bench.time("reanalyze, 60 states", mode, lambda: bmpc.reanalyze(plan, t.model, t.buffer, batch, args, t.draws["learn"]), work)
+    bench.time(
+        "reanalyze, 60 states",
+        mode,
+        lambda: bmpc.reanalyze(plan, t.model, t.buffer, batch, args, t.draws["learn"]),
+        work,
+    )
     bmpc.plan_in_chunks = chunks
 
 
 def bench_update(bench, device, mode, options):
     if mode == "plain":
         return
-    cases = [("update", bmpc, {}, 1), ("4 updates (utd 4)", bmpc, {}, 4), ("update, num_rollouts 4", bmpc, {"num_rollouts": 4}, 1)]
+    cases = [
+        ("update", bmpc, {}, 1),
+        ("4 updates (utd 4)", bmpc, {}, 4),
+        ("update, num_rollouts 4", bmpc, {"num_rollouts": 4}, 1),
+    ]
     cases += [("update, 2 dynamics heads", bmpc_multihead, TWO_HEADS, 1)]
     cases += [("update, 2 heads, 2 policies", bmpc_dual_policy, TWO_HEADS | {"dual_policy_enabled": True}, 1)]
     for name, script, changes, count in cases:
@@ -161,7 +187,10 @@ def bench_update(bench, device, mode, options):
 def bench_heads(bench, device, mode, options):
     if mode == "plain":
         return
-    cases = [("2 heads", bmpc_multihead, {}, 1), ("2 heads, 2 policies", bmpc_dual_policy, {"dual_policy_enabled": True}, 2)]
+    cases = [
+        ("2 heads", bmpc_multihead, {}, 1),
+        ("2 heads, 2 policies", bmpc_dual_policy, {"dual_policy_enabled": True}, 2),
+    ]
     for name, script, changes, plans in cases:  # each policy's expert is a plan of its own
         t, p, args = make(script, device, mode == "compiled", num_q=options.num_q, **TWO_HEADS, **changes)
         act = lambda: script.act(t.functions.plan, t.model, t.buffer, p.mean, args, t.draws)
@@ -183,7 +212,9 @@ def bench_loop(bench, device, mode, options):
     if mode == "plain":
         return
     steps = 16 + 40
-    flags = f"--task dog-run --device {device} --num-q {options.num_q} --learning-starts 16 --steps {steps} --log-freq 8 "
+    flags = (
+        f"--task dog-run --device {device} --num-q {options.num_q} --learning-starts 16 --steps {steps} --log-freq 8 "
+    )
     flags += f"--eval-freq 0 --checkpoint-freq 0 --{'' if mode == 'compiled' else 'no-'}compile"
     with tempfile.TemporaryDirectory() as directory:
         here = os.getcwd()
@@ -194,23 +225,40 @@ def bench_loop(bench, device, mode, options):
             rows = list(csv.DictReader(open(path)))
         finally:
             os.chdir(here)
-    value = lambda tag: statistics.mean(float(r["value"]) for r in rows if r["tag"] == tag and int(r["global_step"]) > 16)
-    whole = statistics.mean(1 / float(r["value"]) for r in rows if r["tag"] == "charts/SPS" and int(r["global_step"]) > 16)
+    value = lambda tag: statistics.mean(
+        float(r["value"]) for r in rows if r["tag"] == tag and int(r["global_step"]) > 16
+    )
+    whole = statistics.mean(
+        1 / float(r["value"]) for r in rows if r["tag"] == "charts/SPS" and int(r["global_step"]) > 16
+    )
     parts = {name: value(f"time/{name}") for name in ("environment", "acting", "updating", "reanalyzing")}
     bench.rows.append(dict(name="loop, one decision", mode=mode, seconds=whole, parts=parts))
     listed = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in parts.items())
-    print(f"{'loop, one decision':34s} {mode:9s} {whole * 1e3:10.2f} ms  parts: {listed}; sum {sum(parts.values()) * 1e3:.2f} ms")
+    print(
+        f"{'loop, one decision':34s} {mode:9s} {whole * 1e3:10.2f} ms  parts: {listed}; sum {sum(parts.values()) * 1e3:.2f} ms"
+    )
     envs = bmpc.Envs("dm_control/dog-run-v0", 2, 4)
     try:
         envs.reset(torch.ones(4, dtype=torch.bool).numpy(), [1, 2, 3, 4])
         action = torch.zeros(4, A).numpy()
-        alone = statistics.median(bench.seconds(lambda: (envs.step_async(action), envs.step_wait())) for _ in range(50)) / 4
+        alone = (
+            statistics.median(bench.seconds(lambda: (envs.step_async(action), envs.step_wait())) for _ in range(50)) / 4
+        )
     finally:
         envs.kill()
-    print(f"{'  its environments, alone':34s} {'':9s} {alone * 1e3:10.2f} ms  hidden behind learning: {1 - parts['environment'] / alone:.0%}")
+    print(
+        f"{'  its environments, alone':34s} {'':9s} {alone * 1e3:10.2f} ms  hidden behind learning: {1 - parts['environment'] / alone:.0%}"
+    )
 
 
-BENCHES = dict(act=bench_act, reanalyze=bench_reanalyze, update=bench_update, heads=bench_heads, sample=bench_sample, loop=bench_loop)
+BENCHES = dict(
+    act=bench_act,
+    reanalyze=bench_reanalyze,
+    update=bench_update,
+    heads=bench_heads,
+    sample=bench_sample,
+    loop=bench_loop,
+)
 
 
 def main():
@@ -226,7 +274,9 @@ def main():
     device = torch.device(options.device)
     bmpc.resolve_env_id("dog-run")
     bench = Bench(device, options.runs)
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, peak {bench.peak() / 1e9:.0f} GFLOP/s, Q = {options.num_q}")
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, peak {bench.peak() / 1e9:.0f} GFLOP/s, Q = {options.num_q}"
+    )
     for name in options.only:
         for mode in (["plain"] if options.compare else []) + options.modes:
             BENCHES[name](bench, device, mode, options)
