@@ -16,9 +16,10 @@ from conftest import ROOT, FakeEnvs, flags, run_loop, same, small_args, start, t
 import bmpc
 
 TAGS = set(  # what a run promises to log
-    "charts/episodic_return charts/episodic_length charts/SPS losses/consistency losses/reward losses/value losses/policy "
-    "losses/total losses/td_target losses/kl losses/kl_scale losses/entropy losses/grad_norm losses/policy_grad_norm "
-    "planner/elite_std planner/value planner/executed_minus_mean eval/episodic_return eval/policy_episodic_return".split()
+    "charts/episodic_return charts/episodic_length charts/SPS losses/consistency losses/reward losses/value "
+    "losses/policy losses/total losses/td_target losses/kl losses/kl_scale losses/entropy losses/grad_norm "
+    "losses/policy_grad_norm planner/elite_std planner/value planner/executed_minus_mean eval/episodic_return "
+    "eval/policy_episodic_return".split()
 )
 CARTPOLE = flags(  # episodes of 1000 simulator steps are 20 decisions
     task="cartpole-swingup", action_repeat=50, num_envs=2, learning_starts=60, total_timesteps=260, eval_freq=151,
@@ -52,7 +53,6 @@ def main(tmp_path, monkeypatch):
     """bmpc.main in this process, in a directory of its own; gives back the signal handlers that a run takes."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in bmpc.SIGNALS}
-    bmpc.read_checkpoint.cache_clear()
     yield lambda **changes: bmpc.main(flags(**changes))
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -216,13 +216,7 @@ def test_evaluation_does_not_touch_the_training_environments(tmp_path):
 def test_metrics_are_the_means_of_all_updates_of_an_interval():
     """Pretraining, with fewer names, and learning fall into one interval where the warm-up ends."""
     run = start(small_args(), FakeEnvs([5, 7]))
-    for values in (
-        dict(model=1.0),
-        dict(model=2.0),
-        dict(model=3.0),
-        dict(policy=5.0, kl=7.0),
-        dict(policy=7.0, kl=7.0),
-    ):
+    for values in ({"model": 1.0}, {"model": 3.0}, {"policy": 5.0, "kl": 7.0}, {"policy": 7.0, "kl": 7.0}):
         run.measure({name: torch.tensor(value) for name, value in values.items()})
     assert run.means() == {"model": 2.0, "policy": 6.0, "kl": 7.0}
     run.measure({"kl_scale": torch.tensor(math.nan)})

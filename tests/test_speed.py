@@ -67,10 +67,9 @@ def compiled_with(backend):
     return bmpc.Functions(*(torch.compile(f, fullgraph=True, dynamic=False, backend=backend) for f in bmpc.Functions()))
 
 
-@pytest.mark.parametrize("flags", [{}, ALL_FLAGS], ids=["defaults", "flags"])
-def test_each_function_is_one_graph_that_is_compiled_once(flags):
+def test_each_function_is_one_graph_that_is_compiled_once():
     torch._dynamo.reset()
-    args = small_args(reanalyze_interval=1, **flags, num_samples=16, iterations=2, extra_iterations=0)
+    args = small_args(reanalyze_interval=1, **ALL_FLAGS, num_samples=16, iterations=2, extra_iterations=0, horizon=2)
     functions = compiled_with("aot_eager")
     everything(functions, args, CPU, steps=3)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -167,9 +166,8 @@ def test_one_copy_each_way_per_vector_step_and_a_few_per_log_interval(monkeypatc
         monkeypatch.setattr(bmpc, name, functools.partial(counted, name, getattr(bmpc, name)))
     monkeypatch.setattr(bmpc, "save_checkpoint", lambda *given: None)
     train(run, envs, tmp_path)
-    kinds = 1 + 2 + 2 * 2  # of metrics, summed under the names that come together; the first interval has none
-    assert counts["to_device"] == 80 // 2
-    assert 80 // 2 + 3 <= counts["to_host"] <= 80 // 2 + kinds
+    logged = 3 + 2 + 2 + 2  # metrics cross together that come together: of pretraining, updates and plans
+    assert counts == {"to_device": 80 // 2, "to_host": 80 // 2 + logged}
 
 
 def test_adam_is_fused_where_it_can_be_and_capturable_on_cuda_only():
