@@ -344,13 +344,16 @@ class Worker(gym.Wrapper):
         super().__init__(env)
         self.index, self.repeat = index, repeat
         if multiprocessing.parent_process() is not None:
-            os.setpgrp()  # Ctrl-C and other signals to the process group are for the main process alone
+            for number in SIGNALS:  # the main process alone decides when to stop
+                signal.signal(number, signal.SIG_IGN)
 
     def reset(self, *, seed=None, options=None):
         """`options["replay"]`: by environment, the actions to play before the observation that is returned."""
         obs, _ = self.env.reset(seed=seed)
         for action in (options or {}).get("replay", {}).get(self.index, ()):
-            obs = self.step(action)[0]
+            obs, _, terminated, truncated, _ = self.step(action)
+            if terminated or truncated:
+                break
         return obs, {}
 
     def step(self, action):
@@ -369,7 +372,7 @@ class Worker(gym.Wrapper):
             return self.env.render() if self.env.render_mode else None
         except Exception as e:  # whatever a graphics driver may raise: a video is not worth a run
             print(f"warning: rendering failed: {first_line(e)}", file=sys.stderr, flush=True)
-            return None
+            self.picture = lambda: None  # a second try may end the process
 
 
 def make_env(args, index=0, render=False):
@@ -409,6 +412,14 @@ def make_seed(seed, *name):
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
+class Vector(AsyncVectorEnv):
+    """gymnasium's vector of environments in processes; those do not listen to requests to end, and dead ones cannot."""
+
+    def close_extras(self, **options):
+        for process in self.processes:
+            process.kill()
+
+
 class Envs:
     """A vector of environments in worker processes, each episode reset with a seed of its own.
 
@@ -419,7 +430,7 @@ class Envs:
     def __init__(self, args, num_envs, film=False):
         makers = [functools.partial(make_env, args, i, film and i == 0) for i in range(num_envs)]
         options = dict(context="fork", autoreset_mode=AutoresetMode.DISABLED)
-        self.num_envs, self.vector = num_envs, self.call(AsyncVectorEnv, makers, **options)
+        self.num_envs, self.vector = num_envs, self.call(Vector, makers, **options)
 
     def call(self, function, *args, **kwargs):
         """function(...) of the vector environment, whatever goes wrong in it as Failed."""
@@ -716,7 +727,7 @@ class ReplayBuffer:
         return {name: x[: self.step] if x.dim() > 1 else x for name, x in tensors.items()}
 
     def state_dict(self):
-        return {"step": self.step} | {name: x.clone() for name, x in self.written().items()}
+        return {"step": self.step} | {name: x.to("cpu", copy=True) for name, x in self.written().items()}
 
     def load_state_dict(self, state):
         self.step = state["step"]
@@ -1199,9 +1210,12 @@ class Run:
 
     def means(self):
         """The means of the metrics. Raises Failed if one is not finite."""
-        means = {}
+        totals = {}  # pretraining and learning share names
         for names, (total, count) in self.metrics.items():
-            means |= zip(names, (to_host(total) / count).tolist(), strict=True)
+            for name, value in zip(names, to_host(total).tolist(), strict=True):
+                before, counted = totals.get(name, (0.0, 0))
+                totals[name] = before + value, counted + count
+        means = {name: total / count for name, (total, count) in totals.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise Failed(f"{name} is not finite; the last checkpoint is from before that")
@@ -1228,7 +1242,9 @@ class Run:
         self.buffer.load_state_dict(state["buffer"])
         for name, generator in self.draws.items():
             if state["draws"][name].shape == generator.get_state().shape:
-                generator.set_state(state["draws"][name])  # else another kind of device, which draws other numbers
+                generator.set_state(state["draws"][name])
+            else:  # another kind of device draws other numbers
+                generator.manual_seed(make_seed(self.args.seed, name, state["progress"]["global_step"]))
         self.metrics = {names: (x.to(self.obs.device), n) for names, (x, n) in state["metrics"].items()}
         for name, x in state["progress"].items():
             setattr(self, name, x.to(getattr(self, name).device) if isinstance(x, Tensor) else x)
@@ -1239,7 +1255,10 @@ def save_checkpoint(run, directory):
     run.means()
     if not to_host(torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])).all():
         raise Failed("a weight is not finite; the last checkpoint is from before that")
-    write_whole(directory / "checkpoint.pt", lambda file: torch.save(run.state_dict(), file))
+    try:
+        write_whole(directory / "checkpoint.pt", lambda file: torch.save(run.state_dict(), file))
+    except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
+        raise Failed(f"the checkpoint cannot be written: {first_line(e)}") from e
     say(f"checkpoint at {run.global_step}")
 
 
@@ -1319,7 +1338,7 @@ def open_directory(args):
             raise Refused(f"{directory} holds a run with other arguments ({'; '.join(other)}); give --run-name NAME")
         if step >= args.total_timesteps + (0 if finished.exists() else args.num_envs):
             hints = f"more --steps continue it, --run-name NAME begins another, --evaluate {directory} evaluates it"
-            raise Refused(f"{directory} is finished, with {step} decisions; {hints}")
+            raise Refused(f"{directory} holds a finished run of {step} decisions; {hints}")
     finished.unlink(missing_ok=True)
     write_json(directory / "args.json", dataclasses.asdict(args))
     write_json(starts, (json.loads(starts.read_text()) if starts.exists() else []) + [versions()])
@@ -1434,6 +1453,8 @@ def train(run, envs, eval_envs, log, stop, directory):
     while True:
         # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
         if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop.is_set():
+            if not run.buffer.tail:
+                raise Refused(f"warm-up held no {args.horizon} decisions of one episode; raise --learning-starts")
             pretraining = bar(desc="pretraining", total=args.learning_starts, initial=run.pretrained)
             while run.pretrained < args.learning_starts and not stop.is_set():
                 learn(run, pretraining=True)
@@ -1613,7 +1634,11 @@ def begin(args):
     mode = "eager" if run.functions == Functions() else "compiled"
     say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}, {mode}")
     if state:
-        run.load_state_dict(state)
+        try:
+            run.load_state_dict(state)
+        except (RuntimeError, ValueError) as e:
+            raise Refused(f"the checkpoint does not fit these arguments: {first_line(e)}") from e
+        state = None  # a copy of the buffer
         say(f"{'evaluating' if args.evaluate else 'continuing at'} step {run.global_step}")
     if args.evaluate:
         returns = evaluate(run, eval_envs, stop, directory / "videos" / f"evaluate-{run.global_step}.mp4")
@@ -1630,9 +1655,13 @@ def begin(args):
             profiler.export_chrome_trace(str(directory / "trace.json"))
     except Exception as e:
         if stop.is_set():  # the signal reached a compiler or a simulator too, say; the last checkpoint is good
+            say(f"warning: {first_line(e)}", sys.stderr)
             return TRY_AGAIN
-        run.means()  # raises where a loss was not finite: what failed then failed because of it
-        told = str(e) if isinstance(e, (Refused, Failed)) else first_line(e)
+        try:
+            run.means()
+            told = str(e) if isinstance(e, (Refused, Failed)) else first_line(e)
+        except Failed as cause:  # a loss was not finite: what failed did so because of it
+            told = cause
         raise (Refused if isinstance(e, Refused) else Failed)(f"step {run.global_step}: {told}") from e
     if code == 0:
         end = {"global_step": run.global_step, "total_timesteps": args.total_timesteps}
@@ -1652,6 +1681,9 @@ def main(argv=None):
     except (Refused, Failed, OSError) as e:
         print(f"{os.path.basename(__file__)}: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, Refused) else 1
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 if __name__ == "__main__":

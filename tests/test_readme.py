@@ -32,7 +32,14 @@ def commands(start: str) -> list[str]:
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
-    kinds = ("python bmpc", "python tests/throughput.py", "python -m pytest tests", "bash sweeps.sh", "pip install", "diff ")
+    kinds = (
+        "python bmpc",
+        "python tests/throughput.py",
+        "python -m pytest tests",
+        "bash sweeps.sh",
+        "pip install",
+        "diff ",
+    )
     kinds += ("python sweep_list/report.py",)
     assert [c for c in COMMANDS if not c.startswith(kinds)] == []
 
@@ -47,7 +54,9 @@ def test_a_command_of_a_script_parses(command, monkeypatch):
     assert args != module.Args() or not flags, "its flags change nothing"
 
 
-@pytest.mark.parametrize("command", [c for c in commands("python bmpc") if not re.search("--help|--evaluate|--resume", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in commands("python bmpc") if not re.search("--help|--evaluate|--resume", c)]
+)
 def test_a_command_of_a_script_runs_at_a_tiny_size(command, tmp_path):
     script, *flags = shlex.split(command)[1:]
     given = [sys.executable, str(ROOT / script), *flags, *TINY]
@@ -66,7 +75,9 @@ def test_a_command_of_the_sweeps_is_accepted(command, tmp_path):
 
 def test_the_benchmark_knows_the_flags_it_is_given():
     for command in commands("python tests/throughput.py"):
-        ran = subprocess.run([sys.executable, *shlex.split(command)[1:], "--help"], cwd=ROOT, capture_output=True, text=True)
+        ran = subprocess.run(
+            [sys.executable, *shlex.split(command)[1:], "--help"], cwd=ROOT, capture_output=True, text=True
+        )
         assert ran.returncode == 0
         assert all(flag in ran.stdout for flag in re.findall(r"--[a-z-]+", command))
 
@@ -79,7 +90,9 @@ def test_the_report_knows_the_flags_it_is_given():
 
 
 def test_files_that_are_named_exist():
-    for name in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", TEXT) + re.findall(r"`((?:tests|sweep_list|results|\.ci)/[\w./]+|\w+\.py|\w+\.sh)`", TEXT):
+    for name in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", TEXT) + re.findall(
+        r"`((?:tests|sweep_list|results|\.ci)/[\w./]+|\w+\.py|\w+\.sh)`", TEXT
+    ):
         assert (ROOT / name).exists(), name
 
 
@@ -98,7 +111,25 @@ def test_anchors_point_at_the_functions_they_name():
 def test_flags_that_are_named_exist():
     known = {f.name.replace("_", "-") for m in ("bmpc", "bmpc_multihead", "bmpc_dual_policy")
              for f in dataclasses.fields(importlib.import_module(m).Args)}  # fmt: skip
-    known |= {"task", "steps", "help", "dry-run", "status", "report", "slurm", "jobs", "gpus", "seeds", "sbatch", "compare", "only", "modes", "runs", "export", "replot"}
+    known |= {
+        "task",
+        "steps",
+        "help",
+        "dry-run",
+        "status",
+        "report",
+        "slurm",
+        "jobs",
+        "gpus",
+        "seeds",
+        "sbatch",
+        "compare",
+        "only",
+        "modes",
+        "runs",
+        "export",
+        "replot",
+    }
     known |= {"partition", "gres", "time", "dist"}  # those of sbatch and pytest-xdist
     named = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z]+(?:-[a-z]+)*)(?![\w-])", TEXT)}
     assert named - known == set()
@@ -108,7 +139,12 @@ def test_tags_that_are_named_are_logged():
     source = "".join((ROOT / f"{script}.py").read_text() for script in ("bmpc", "bmpc_multihead", "bmpc_dual_policy"))
     for tag in re.findall(r"`((?:charts|eval|losses|planner|time)/\w+)`", TEXT):
         group, name = tag.split("/")
-        assert tag in source or (group == "time" and f'"{name}"' in source) or f'"{name}"' in source or f'losses["{name}"]' in source, tag
+        assert (
+            tag in source
+            or (group == "time" and f'"{name}"' in source)
+            or f'"{name}"' in source
+            or f'losses["{name}"]' in source
+        ), tag
 
 
 def test_the_official_commands_numbers_are_those_of_the_departures():
