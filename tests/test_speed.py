@@ -52,7 +52,7 @@ def everything(functions, args, device, steps=2):
     draw = lambda *shape: torch.rand(*shape, generator=generator(len(shape))).to(device)
     for step in range(args.horizon + steps):
         if step < args.horizon:
-            acted = bmpc.act_randomly(args, TASK.action_dim, run.draws["collect"])
+            acted = *bmpc.act_randomly(args, TASK.action_dim, run.draws["collect"]), run.mean
         else:
             acted, metrics = bmpc.act(functions.plan, run.model, run.obs, run.mean, args, run.draws)
             run.measure(metrics)
