@@ -354,7 +354,7 @@ def resolve_env_id(task):
     if env_id in gym.registry:
         return env_id
     known = [short_name(known_id) for known_id in gym.registry]
-    near = difflib.get_close_matches(task, known, 3, 0.5)
+    near = difflib.get_close_matches(task.lower(), known, 3, 0.5)
     raise Refused(f"unknown task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
@@ -1378,13 +1378,18 @@ class Log:
         self.tensorboard.flush()
 
 
+def run_directory(args):
+    """runs/<short env>__<exp_name>__<seed>[__<run_name>], or the directory given to --resume."""
+    name = f"{short_name(args.env_id)}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
+    return Path(args.resume or f"runs/{name.replace('/', '_')}")
+
+
 def open_directory(args):
-    """Locks runs/<short env>__<exp_name>__<seed>[__<run_name>]. Returns it and the state to go on from, if any.
+    """Locks the run's directory. Returns it and the state to go on from, if there is one.
 
     Raises Refused if the directory is in use, or holds a finished run or one with other arguments.
     """
-    name = f"{short_name(args.env_id)}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
-    directory = Path(args.resume or f"runs/{name.replace('/', '_')}")
+    directory = run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # a number, which nothing closes behind our back
     try:

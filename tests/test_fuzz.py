@@ -231,7 +231,7 @@ def test_a_checkpoint_damaged_anywhere_is_refused_or_as_good_as_whole(checkpoint
         damaged[place] ^= 1 << data.draw(st.integers(0, 7))
     (tmp_path / "checkpoint.pt").write_bytes(damaged)
     try:
-        state = bmpc.read_checkpoint.__wrapped__(tmp_path)
+        state = bmpc.read_checkpoint(tmp_path)
         assert runs.differences(state, runs.checkpoint(checkpointed / "checkpoint.pt")) == [], place
     except bmpc.Failed as failure:
         assert "checkpoint.pt is not usable" in str(failure) and "\n" not in str(failure)

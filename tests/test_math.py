@@ -155,7 +155,7 @@ def test_one_head_after_the_other_equals_the_stack_at_once_and_written_out_with_
     joined = torch.cat([x.expand(3, 4, 6, 5), a.expand(3, 4, 6, 2)], -1)
     written = torch.stack([oracle.network(net, h, joined[h], keep[h]) for h in range(3)])
     grads = lambda y: torch.autograd.grad((y * weights).sum(), leaves, retain_graph=True)
-    for y in (net(x, a, keep), net(x, a, keep, slice(None))):  # the latter as on a GPU
+    for y in (net(x, a, keep), net(x, a, keep, slice(None))):  # at once, as on a GPU
         torch.testing.assert_close(y, written, atol=1e-12, rtol=1e-12)
         for p, q in zip(grads(y), grads(written), strict=True):
             torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)

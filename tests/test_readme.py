@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import tyro
+from conftest import ROOT
 
 import bmpc
-from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
@@ -20,8 +20,8 @@ INLINE = [code for code in re.findall(r"`([^`\n]+)`", TEXT) if re.match(r"(pytho
 COMMANDS = [part.strip() for line in BLOCKS + INLINE for part in line.split("#")[0].split("&&") if part.strip()]
 TINY = shlex.split(
     "--device cpu --no-compile --steps 48 --learning-starts 24 --num-envs 2 --batch-size 8 --reanalyze-batch-size 2 "
-    "--reanalyze-interval 4 --num-samples 12 --num-elites 4 --num-pi-trajs 2 --enc-dim 8 --mlp-dim 8 --latent-dim 8 --num-q 2 "
-    "--eval-freq 0 --iterations 1 --extra-iterations 0 --no-track"
+    "--reanalyze-interval 4 --num-samples 12 --num-elites 4 --num-pi-trajs 2 --enc-dim 8 --mlp-dim 8 --latent-dim 8 "
+    "--num-q 2 --eval-freq 0 --iterations 1 --extra-iterations 0 --no-track"
 )
 
 

@@ -164,7 +164,7 @@ def size(script: str) -> dict[str, int]:
     }
 
 
-BUDGETS = {"lines": 1660, "statements": 1010, "tokens": 13750, "functions and classes": 120, "longest function": 60}
+BUDGETS = {"lines": 1700, "statements": 1030, "tokens": 14000, "functions and classes": 125, "longest function": 60}
 
 
 def test_the_base_stays_small():
