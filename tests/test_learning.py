@@ -62,7 +62,7 @@ ABLATIONS = dict(
     [
         OFFICIAL,
         ABLATIONS,
-        dict(td_target_initial_source="same", entropy_coef=0.3, horizon=2, rho=0.8),
+        dict(imagine_initial_source="replay_true", td_target_initial_source="same", entropy_coef=0.3, rho=0.8),
         dict(episodic=True, termination_coef=2.0, grad_clip_norm=0.01, dropout=0.4),
         dict(num_q=1, lr=1e-2, tau=0.5, vmin=-3.0, vmax=3.0, num_bins=9, dropout=0.0),
     ],
