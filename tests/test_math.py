@@ -53,11 +53,6 @@ def test_two_hot_inv_gives_back_what_two_hot_took(double, values):
     torch.testing.assert_close(bmpc.two_hot_inv(bmpc.two_hot(x, ARGS).log(), ARGS), x, rtol=1e-9, atol=1e-9)
 
 
-def test_two_hot_inv_ends_at_the_outer_bins(double):
-    inverse = bmpc.two_hot_inv(bmpc.two_hot(torch.tensor([1e9, -1e9]), ARGS).log(), ARGS)
-    torch.testing.assert_close(inverse, torch.tensor([math.expm1(10.0), -math.expm1(10.0)]))
-
-
 def test_two_hot_inv_is_symexp_of_the_mean_bin_for_any_logits(double):
     """The mean is taken in symlog units: the mean of symexp(bins) would be far larger."""
     logits = 2 * torch.randn(40, 101, generator=generator())
@@ -98,11 +93,6 @@ def test_kl_scale_follows_the_spread_of_the_percentiles(double, count):
     kl = 50 * torch.rand(count, generator=generator()) ** 1.5
     spread = max(np.percentile(kl.numpy(), 95) - np.percentile(kl.numpy(), 5), 1.0)
     assert float(bmpc.update_kl_scale(torch.tensor(7.0), kl)) == pytest.approx(7 + 0.01 * (spread - 7))
-
-
-def test_kl_scale_has_a_floor_of_one():
-    assert float(bmpc.update_kl_scale(torch.tensor(3.0), torch.full((9,), 40.0))) == pytest.approx(3 + 0.01 * (1 - 3))
-    assert float(bmpc.update_kl_scale(torch.tensor(1.0), torch.linspace(0, 0.5, 9))) == 1.0
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-6), (torch.float64, 1e-12)])

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import signal
 import subprocess
 import sys
 
@@ -46,16 +45,6 @@ def cartpole(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     run = directory / "runs" / "cartpole-swingup__bmpc__2"
     return run, done, metrics(run)
-
-
-@pytest.fixture
-def main(tmp_path, monkeypatch):
-    """bmpc.main in this process, in a directory of its own; gives back the signal handlers that a run takes."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in bmpc.SIGNALS}
-    yield lambda **changes: bmpc.main(flags(**changes))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # --- dm_control, from end to end
@@ -119,14 +108,13 @@ def test_evaluate_prints_the_numbers_of_the_runs_last_evaluation(cartpole):
 # --- other environments
 
 
-def test_pendulum_trains_and_the_same_seed_gives_the_same_bits(main, tmp_path):
-    """Two runs of one seed and a third of another, through simulators in processes of their own."""
+def test_pendulum_trains_and_the_same_seed_gives_the_same_bits(tmp_path):
+    """Two runs of one seed and a third of another."""
     ends = []
+    sizes = dict(task="Pendulum-v1", learning_starts=20, total_timesteps=60, log_freq=20, action_repeat=20)
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        sizes = dict(
-            learning_starts=20, total_timesteps=60, log_freq=20, action_repeat=20, eval_freq=40, eval_episodes=1
-        )
-        assert main(task="Pendulum-v1", seed=seed, exp_name=name, **sizes) == 0
+        done = command(flags(seed=seed, exp_name=name, eval_freq=40, eval_episodes=1, **sizes), tmp_path)
+        assert done.returncode == 0, done.stderr
         directory = tmp_path / "runs" / f"Pendulum-v1__{name}__{seed}"
         state = bmpc.read_checkpoint(directory)
         rows = [row for row in metrics(directory) if row[2] != "charts/SPS"]
@@ -136,21 +124,19 @@ def test_pendulum_trains_and_the_same_seed_gives_the_same_bits(main, tmp_path):
     assert {"losses/policy", "eval/episodic_return", "charts/episodic_return"} <= {row[2] for row in ends[0][0]}
 
 
-def test_hopper_trains_with_episodic_and_learns_from_its_terminations(main, tmp_path):
-    assert main(task="Hopper-v5", episodic=True, learning_starts=60, total_timesteps=120, log_freq=20) == 0
+def test_hopper_learns_from_its_terminations_and_stops_at_the_first_without_episodic(tmp_path):
+    sizes = dict(task="Hopper-v5", learning_starts=60, total_timesteps=120, log_freq=20)
+    done = command(flags(episodic=True, **sizes), tmp_path)
+    assert done.returncode == 0, done.stderr
     directory = tmp_path / "runs" / "Hopper-v5__bmpc__1"
     rows, state = metrics(directory), bmpc.read_checkpoint(directory)
     assert {"losses/termination", "losses/policy", "charts/episodic_return"} <= {tag for _, _, tag, _ in rows}
     lengths = [value for _, _, tag, value in rows if tag == "charts/episodic_length"]
     assert state["buffer"]["terminated"].sum() == len(lengths) and max(lengths) < 1000  # all of them by falling
-
-
-def test_hopper_without_episodic_stops_at_the_first_termination_with_the_flag_to_add(main, tmp_path, capsys):
-    assert main(task="Hopper-v5", learning_starts=200, total_timesteps=400) == 2
-    assert re.fullmatch(
-        "bmpc.py: error: step .*Hopper-v5.*--episodic", capsys.readouterr().err.strip().splitlines()[-1]
-    )
-    assert not (tmp_path / "runs" / "Hopper-v5__bmpc__1" / "finished.json").exists()
+    done = command(flags(seed=2, **sizes), tmp_path)
+    told = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and re.fullmatch("bmpc.py: error: step .*Hopper-v5.*--episodic", told)
+    assert not (tmp_path / "runs" / "Hopper-v5__bmpc__2" / "finished.json").exists()
 
 
 # --- episodes and their seeds
