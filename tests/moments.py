@@ -44,10 +44,11 @@ def before(script, path, happen, inside=""):
 
 
 def send(name):
-    """SIGKILL to the process alone; what asks it to stop goes to its process group, as Ctrl-C and SLURM send it."""
-    if name == "SIGKILL":
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.killpg(os.getpgrp(), getattr(signal, name))
+    """SIGKILL and SIGSTOP to the process; what asks it to stop to its process group, as Ctrl-C and SLURM do."""
+    if name in ("SIGKILL", "SIGSTOP"):
+        os.kill(os.getpid(), getattr(signal, name))
+    else:
+        os.killpg(os.getpgrp(), getattr(signal, name))
 
 
 def strike(script, name, path, number, inside=""):
