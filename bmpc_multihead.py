@@ -41,7 +41,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import typing
 import warnings
@@ -73,6 +72,13 @@ MODEL_SIZES = {  # that TD-MPC2's users know, in millions of parameters
     48: (1792, 1792, 768, 4, 5),
     317: (4096, 4096, 1376, 5, 8),
 }
+PRESETS = {
+    "full": {},
+    "small": dict(
+        total_timesteps=12_500, eval_freq=2_500, eval_episodes=5, model_size=1, num_q=2, enc_dim=128, mlp_dim=128,
+        latent_dim=128, num_samples=128, num_elites=16, num_pi_trajs=8, batch_size=128, reanalyze_batch_size=10,
+    ),
+}  # fmt: skip
 TRY_AGAIN = 75  # exit code of a run that was asked to stop: the same command continues it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to stop
 
@@ -89,9 +95,10 @@ FREE = "a run that is continued may change it"
 Free = Annotated[T, FREE]
 Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 Natural = Annotated[int, Range("at least 0", lambda x: x >= 0)]
-NonNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
-Positive = Annotated[float, Range("above 0", lambda x: x > 0)]
+NonNegative = Annotated[float, Range("at least 0", lambda x: 0 <= x < math.inf)]
+Positive = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
 Unit = Annotated[float, Range("in (0, 1]", lambda x: 0 < x <= 1)]
+Name = Annotated[str, Range("without a slash", lambda x: "/" not in x)]
 Number = Annotated[float, Range("finite", math.isfinite)]
 
 
@@ -100,9 +107,9 @@ class Args:
     """BMPC: a planner over a learned world model, and a policy bootstrapped from it."""
 
     # --- experiment
-    exp_name: str = os.path.basename(__file__).removesuffix(".py")
+    exp_name: Name = os.path.basename(__file__).removesuffix(".py")
     """name of the experiment, part of the run directory's name"""
-    run_name: str = ""
+    run_name: Name = ""
     """a further part of the run directory's name, to keep runs with other flags apart"""
     seed: Annotated[int, Range("in [0, 2^32)", lambda x: 0 <= x < 2**32)] = 1
     """seed of the experiment; every random number of a run follows from it"""
@@ -132,6 +139,9 @@ class Args:
     """RUN_DIR: continue that run, its arguments standing in for the flags that are not given"""
     evaluate: Free[str] = ""
     """RUN_DIR: evaluate its checkpoint, print both returns and train nothing"""
+
+    preset: Free[Literal["full", "small"]] = "full"
+    """small: other defaults, with which two CPU cores learn a small task in a quarter of an hour"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
@@ -334,27 +344,19 @@ def first_line(e):
 
 
 def resolve_env_id(task):
-    """The Gymnasium id of a task: `dog-run` and `cup-catch` as TD-MPC2 spells them, or an id as it stands.
-
-    `module:Id-v0` imports the module that registers the id first, as in gymnasium.make.
-    """
-    module, colon, task = task.rpartition(":")
+    """The Gymnasium id of a task: `dog-run` and `cup-catch` as TD-MPC2 spells them; other ids stand as they are."""
+    if ":" in task or task in gym.registry:  # `module:Id-v0` imports the module that registers the id
+        return task
     try:
-        if module:
-            importlib.import_module(module)
-        if task not in gym.registry:
-            gym.register_envs(importlib.import_module("shimmy"))  # dm_control's tasks
+        gym.register_envs(importlib.import_module("shimmy"))  # dm_control's tasks
     except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
-        raise Refused(f"{module or 'dm_control'} cannot be imported: {first_line(e)}") from e
-    if task in gym.registry:
-        return module + colon + task  # gymnasium imports the module again where there is need
+        raise Refused(f"dm_control cannot be imported: {first_line(e)}") from e
     domain, _, name = task.removeprefix("dm_control/").removesuffix("-v0").partition("-")
     domain = {"cup": "ball_in_cup", "pointmass": "point_mass"}.get(domain, domain)
     env_id = f"dm_control/{domain}-{name.replace('-', '_')}-v0"
     if env_id in gym.registry:
         return env_id
-    known = [short_name(known_id) for known_id in gym.registry]
-    near = difflib.get_close_matches(task.lower(), known, 3, 0.5)
+    near = difflib.get_close_matches(task.lower(), [short_name(known) for known in gym.registry], 3, 0.5)
     raise Refused(f"unknown task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
@@ -438,46 +440,41 @@ def make_seed(seed, *name):
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-class Vector(AsyncVectorEnv):
-    """gymnasium's vector of environments in processes; those do not listen to requests to end, and dead ones cannot."""
+@contextlib.contextmanager
+def simulating():
+    """Whatever goes wrong in a simulator, as Failed."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as e:  # the other end of the pipe is gone
+        raise Failed(f"the process of an environment died: {first_line(e)}") from e
+    except Exception as e:  # raised inside an environment and passed on by gymnasium
+        raise Failed(f"an environment failed: {first_line(e)}") from e
 
-    def close_extras(self, **options):
-        for process in self.processes:
-            process.kill()
 
+class Envs(AsyncVectorEnv):
+    """Environments in worker processes, each episode reset with a seed of its own.
 
-class Envs:
-    """A vector of environments in worker processes, each episode reset with a seed of its own.
-
-    gymnasium's AsyncVectorEnv without autoreset: an episode's true last observation is seen before the next begins.
-    Raises Failed when an environment fails, its process dies, or what it returns is not finite.
+    Without autoreset: an episode's true last observation is seen before the next begins. Raises Failed when an
+    environment fails, its process dies, or what it returns is not finite.
     """
 
+    @simulating()
     def __init__(self, args, num_envs, film=False):
         makers = [functools.partial(make_env, args, i, film and i == 0) for i in range(num_envs)]
-        options = dict(context="fork", autoreset_mode=AutoresetMode.DISABLED)
-        self.num_envs, self.vector = num_envs, self.call(Vector, makers, **options)
-
-    def call(self, function, *args, **kwargs):
-        """function(...) of the vector environment, whatever goes wrong in it as Failed."""
-        try:
-            return function(*args, **kwargs)
-        except (EOFError, ConnectionError) as e:  # the other end of the pipe is gone
-            raise Failed(f"the process of an environment died: {first_line(e)}") from e
-        except Exception as e:  # raised inside an environment and passed on by gymnasium
-            raise Failed(f"an environment failed: {first_line(e)}") from e
+        super().__init__(makers, context="fork", autoreset_mode=AutoresetMode.DISABLED)
 
     def reset(self, mask, seeds, **options):
         """Begins episodes where `mask` (E,) says so: obs (E, O), of which those of the others mean nothing."""
-        return self.finite(self.call(self.vector.reset, seed=seeds, options=options | {"reset_mask": mask.copy()})[0])
+        with simulating():
+            obs, _ = super().reset(seed=seeds, options=options | {"reset_mask": mask.copy()})
+        return self.finite(obs)
 
-    def step_async(self, action):
-        """Sends the actions (E, A); the simulators run while the caller does something else."""
-        self.call(self.vector.step_async, action)
+    step_async = simulating()(AsyncVectorEnv.step_async)  # the simulators run while the caller does something else
 
     def step_wait(self):
         """obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,)."""
-        obs, reward, terminated, truncated, _ = self.call(self.vector.step_wait)
+        with simulating():
+            obs, reward, terminated, truncated, _ = super().step_wait()
         return self.finite(obs), self.finite(reward, "a reward"), terminated, truncated
 
     def finite(self, values, what="an observation"):
@@ -485,6 +482,13 @@ class Envs:
         if bad.any():
             raise Failed(f"environment {bad.argmax()} returned {what} that is not finite")
         return values
+
+    def close_extras(self, **options):  # the workers do not listen to requests to end, and dead ones cannot
+        for process in self.processes:
+            process.kill()
+
+    def __del__(self):  # main() ends what is left, before the interpreter takes itself apart
+        pass
 
 
 # --- Math -------------------------------------------------------------------------------------------------------------
@@ -641,15 +645,10 @@ class WorldModel(nn.Module):
         self.value = MLP([latent, *hidden, bins], init, heads=args.num_q, zero_last=True)
         self.policy = MLP([latent, *hidden, 2 * action], init)
         self.termination = MLP([latent, *hidden, 1], init) if args.episodic else None
-        self.target_value = copy_of(self.value)
+        self.target_value = copy.deepcopy(self.value).requires_grad_(False)  # moving averages follow the originals
         uses_ema = args.td_target_use_ema_policy or args.policy_trust_region_coef > 0
-        self.ema_policy = copy_of(self.policy) if uses_ema else None
+        self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False) if uses_ema else None
         self.register_buffer("kl_scale", torch.ones(()))  # S, the running spread of the KL
-
-
-def copy_of(network):
-    """A copy that no gradient reaches and only a moving average changes."""
-    return copy.deepcopy(network).requires_grad_(False)
 
 
 def policy_gaussian(policy, z, args):
@@ -1124,7 +1123,27 @@ def compiled(args, device):
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
     options = {"triton.cudagraphs": args.cudagraphs and device.type == "cuda"}
-    return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in Functions()))
+    return Functions(
+        *(announced(torch.compile(f, fullgraph=True, dynamic=False, options=options)) for f in Functions())
+    )
+
+
+def announced(function):
+    """The compiled function, telling when it compiles: at the first call with tensors of these shapes."""
+    known = set()
+
+    def call(*args):
+        kind = tuple(x if isinstance(x, Args) else getattr(x, "shape", None) for x in args)
+        if kind in known:
+            return function(*args)
+        known.add(kind)
+        say(f"compiling {function.__name__} ...")
+        since = time.perf_counter()
+        results = function(*args)
+        say(f"compiled {function.__name__} in {time.perf_counter() - since:.0f} s")
+        return results
+
+    return call
 
 
 @torch.no_grad()
@@ -1186,18 +1205,18 @@ def play(run, envs, planning, stop, film):
     """Returns of `eval_episodes` episodes (float64), with the planner or with the policy's mean alone.
 
     Episode j begins with the seed made from (seed, "eval", j), the same at every evaluation. `film` collects the
-    pictures of episode 0. None if `stop` is set meanwhile.
+    pictures of episode 0. None if asked to stop meanwhile.
     """
     args, model, W = run.args, run.model, envs.num_envs
     mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
     generator = make_generator(args.seed, f"eval {run.global_step}", mean.device)
     begin = lambda mask: envs.reset(mask, [make_seed(args.seed, "eval", j) for j in episode])
-    obs, progress = begin(episode >= 0), bar(desc="evaluating", total=args.eval_episodes)
+    obs, progress = begin(episode >= 0), Bar(f"evaluating {'planner' if planning else 'policy alone'}, decisions")
     while (playing := episode < args.eval_episodes).any():
-        if stop.is_set():
+        if stop:
             return None
         if args.capture_video and planning and episode[0] == 0:
-            film.append(envs.call(envs.vector.call, "picture")[0])
+            film.append(envs.call("picture")[0])
         z = model.encoder(to_device(obs, mean.device))
         if planning:
             draws = draw_plan(args, W, mean.shape[2], args.horizon, generator)
@@ -1209,9 +1228,9 @@ def play(run, envs, planning, stop, film):
         envs.step_async(to_host(action))
         obs, reward, terminated, truncated = envs.step_wait()
         returns[episode[playing]] += reward[playing]
+        progress.update(W)
         ended = terminated | truncated
         if ended.any():
-            progress.update((ended & playing).sum())
             episode[ended] = episode.max() + 1 + np.arange(ended.sum())
             obs = np.where(ended[:, None], begin(ended), obs)
             mean = torch.where(to_device(ended, mean.device)[:, None, None], 0.0, mean)
@@ -1220,7 +1239,7 @@ def play(run, envs, planning, stop, film):
 
 
 def evaluate(run, envs, stop, video):
-    """Plays with the planner and with the policy alone. Returns both means; None if `stop` is set meanwhile."""
+    """Plays with the planner and with the policy alone. Returns both means; None if asked to stop meanwhile."""
     film = []
     planner, policy = play(run, envs, True, stop, film), play(run, envs, False, stop, film)
     if planner is None or policy is None:
@@ -1272,12 +1291,9 @@ class Run:
 
     def means(self):
         """The means of the metrics. Raises Failed if one is not finite."""
-        totals = {}  # pretraining and learning share names
-        for names, (total, count) in self.metrics.items():
-            for name, value in zip(names, to_host(total).tolist(), strict=True):
-                before, counted = totals.get(name, (0.0, 0))
-                totals[name] = before + value, counted + count
-        means = {name: total / count for name, (total, count) in totals.items()}
+        means = {}
+        for names, (total, count) in self.metrics.items():  # of pretraining, then of learning, which overwrites it
+            means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise Failed(f"{name} is not finite; the last checkpoint is from before that")
@@ -1378,18 +1394,13 @@ class Log:
         self.tensorboard.flush()
 
 
-def run_directory(args):
-    """runs/<short env>__<exp_name>__<seed>[__<run_name>], or the directory given to --resume."""
-    name = f"{short_name(args.env_id)}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
-    return Path(args.resume or f"runs/{name.replace('/', '_')}")
-
-
 def open_directory(args):
-    """Locks the run's directory. Returns it and the state to go on from, if there is one.
+    """Locks the run's directory, the one given to --resume if any. Returns it and the state to go on from, if any.
 
     Raises Refused if the directory is in use, or holds a finished run or one with other arguments.
     """
-    directory = run_directory(args)
+    name = f"{short_name(args.env_id)}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
+    directory = Path(args.resume or f"runs/{name}")
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # a number, which nothing closes behind our back
     try:
@@ -1413,23 +1424,29 @@ def open_directory(args):
 
 
 def versions():
-    """Time, command line, git commit and package versions of this start."""
+    """Time, command line, git commit and the versions of Python and of every package of this start."""
     describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
         commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
-    version = lambda name: next((package.version for package in importlib.metadata.distributions(name=name)), None)
-    names = ("torch", "numpy", "gymnasium", "dm_control", "mujoco", "shimmy", "tyro", "tensorboard")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "git_commit": commit or None,
-        "python": sys.version.split()[0],
-    } | {name: version(name) for name in names}
+    about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "git_commit": commit or None}
+    packages = {package.name: package.version for package in importlib.metadata.distributions()}
+    return about | {"python": sys.version.split()[0]} | packages
 
 
-bar = functools.partial(tqdm, leave=False, disable=None)  # a progress bar, on a terminal
+class Bar(tqdm):
+    """A progress bar; where there is no terminal a plain line, at most one every half minute."""
+
+    def __init__(self, desc, total=None, initial=0):
+        self.terminal = sys.stderr.isatty()
+        options = {} if self.terminal else {"file": open(os.devnull, "w"), "mininterval": 30, "miniters": 1}
+        super().__init__(desc=desc, total=total, initial=initial, leave=False, dynamic_ncols=True, **options)
+
+    def display(self, msg=None, pos=None):
+        super().display(msg, pos)
+        if not self.terminal and msg is None:
+            print(self, file=sys.stderr, flush=True)
 
 
 def say(message, file=None):
@@ -1512,43 +1529,54 @@ def store(run, envs, action, expert, mean):
     run.obs, run.mean = obs, torch.where(ended[:, None, None] > 0, 0.0, shift(mean))
 
 
+def tell_hours(args, speed):
+    """Early on, for those who would wait in vain: what so many updates a second on a CPU come to."""
+    hours = updates_due(args, args.total_timesteps) / speed / 3600
+    say(f"{speed:.1f} updates a second on this CPU: {hours:.1f} hours for the run's updates, and its plans beside them")
+    if args.preset == "full":
+        say("for a machine without a GPU: --preset small --task cartpole-swingup")
+
+
 def train(run, envs, eval_envs, log, stop, directory):
     """BMPC's Algorithm 1. Returns the exit code: 0 when done, 75 when asked to stop."""
     args, E = run.args, run.args.num_envs
-    progress = bar(desc="decisions", total=args.total_timesteps, initial=run.global_step)
-    since, clock = run.global_step, time.perf_counter()
+    progress = Bar("decisions", args.total_timesteps, run.global_step)
+    since, clock, told = run.global_step, time.perf_counter(), {}
     while True:
         # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
-        if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop.is_set():
+        if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop:
             if not run.buffer.tail:
                 raise Refused(f"warm-up held no {args.horizon} decisions of one episode; raise --learning-starts")
-            pretraining = bar(desc="pretraining", total=args.learning_starts, initial=run.pretrained)
-            while run.pretrained < args.learning_starts and not stop.is_set():
-                learn(run, pretraining=True)
-                pretraining.update()
-            pretraining.close()
+            with Bar("pretraining", args.learning_starts, run.pretrained) as pretraining:
+                while run.pretrained < args.learning_starts and not stop:
+                    learn(run, pretraining=True)
+                    pretraining.update()
+                    if pretraining.n == 50 and run.obs.device.type == "cpu":
+                        tell_hours(args, 50 / pretraining.format_dict["elapsed"])
             since, clock = run.global_step, time.perf_counter()
         done = run.global_step >= args.total_timesteps
-        if stop.is_set() or done or run.global_step == 0 or due(args.checkpoint_freq, run.global_step, E):
+        if stop or done or run.global_step == 0 or due(args.checkpoint_freq, run.global_step, E):
             log.flush()
             save_checkpoint(run, directory)
-        if stop.is_set():
+        if stop:
             return TRY_AGAIN
 
         # Observers: they change nothing; a stop abandons an evaluation, so it comes before the losses are told
         for env, episode, total, length in run.ended:
             log.add(run.global_step, {"charts/episodic_return": total, "charts/episodic_length": length})
             say(f"step {run.global_step}: environment {env}, episode {episode}: return {total:.1f}, {length} decisions")
+            told["return"] = f"{total:.1f}"
         if eval_envs and (due(args.eval_freq, run.global_step, E) or done):
             before = time.perf_counter()
             returns = evaluate(run, eval_envs, stop, directory / "videos" / f"{run.global_step}.mp4")
             if returns is None:
                 continue
             log.add(run.global_step, returns)
+            told["evaluation"] = f"{returns['eval/episodic_return']:.1f}"
             clock += time.perf_counter() - before
         if due(args.log_freq, run.global_step, E) or (done and args.log_freq):
             speed = (run.global_step - since) / (time.perf_counter() - clock)
-            log.add(run.global_step, run.means() | {"charts/SPS": speed})
+            log.add(run.global_step, run.means() | ({"charts/SPS": speed} if speed else {}))
             run.metrics.clear()
             since, clock = run.global_step, time.perf_counter()
         if done:
@@ -1567,6 +1595,7 @@ def train(run, envs, eval_envs, log, stop, directory):
         while run.updates < updates_due(args, run.global_step + E):
             learn(run, pretraining=False)
         store(run, envs, *acted)
+        progress.set_postfix(told, refresh=False)
         progress.update(E)
 
 
@@ -1584,15 +1613,15 @@ def notes():
 
 
 def parse_args(argv=None):
-    """The command line as Args; with --resume RUN_DIR or --evaluate RUN_DIR that run's arguments are the defaults."""
+    """The command line as Args; a preset's or, with --resume or --evaluate RUN_DIR, that run's are the defaults."""
     args = tyro.cli(Args, args=argv)
-    if args.evaluate or args.resume:
-        state = read_checkpoint(Path(args.evaluate or args.resume))
+    defaults, directory = PRESETS[args.preset], args.evaluate or args.resume
+    if directory:
+        state = read_checkpoint(Path(directory))
         if state is None:
-            raise Refused(f"{args.evaluate or args.resume} holds no checkpoint")
-        stored = Args(**state["args"] | {"resume": "", "evaluate": ""})
-        args = tyro.cli(Args, args=argv, default=stored)
-    return args
+            raise Refused(f"{directory} holds no checkpoint")
+        defaults = state["args"] | {"resume": "", "evaluate": ""}
+    return tyro.cli(Args, args=argv, default=Args(**defaults))
 
 
 def fill_in(args):
@@ -1600,8 +1629,8 @@ def fill_in(args):
     for name, found in notes().items():
         value = getattr(args, name)
         for wanted in found:
-            if value is not None and isinstance(wanted, Range) and not (math.isfinite(value) and wanted.holds(value)):
-                raise Refused(f"--{name.replace('_', '-')} is {value}; it must be {wanted.text}")
+            if value is not None and isinstance(wanted, Range) and not wanted.holds(value):
+                raise Refused(f"--{name.replace('_', '-')} is {value!r}; it must be {wanted.text}")
     env_id = resolve_env_id(args.env_id)
     repeat = args.action_repeat or (2 if env_id.startswith("dm_control/") else 1)
     args = dataclasses.replace(args, env_id=env_id, action_repeat=repeat)
@@ -1641,7 +1670,6 @@ def check_fit(args, task):
         (args.buffer_size // args.num_envs > T + 1, f"buffer_size {args.buffer_size} holds no window per environment"),
         (n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, less than the horizon of {T}"),
         (args.chosen_action_noise or has_noise, "--no-chosen-action-noise does nothing: the expert has none"),
-        (Path(args.run_name).name == args.run_name, f"--run-name is {args.run_name!r}; it must not hold a slash"),
     ):
         if not fits:
             raise Refused(message)
@@ -1652,8 +1680,6 @@ def choose_device(args):
     try:
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(best if args.device == "auto" else args.device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only auto, cpu, cuda and cuda:N are supported")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise Refused(f"--device {args.device}: {first_line(e)}") from e
@@ -1682,29 +1708,30 @@ def start_tracking(args, directory):
 
 def begin(args):
     """Trains a run from its beginning or its checkpoint, or evaluates its checkpoint. Returns the exit code."""
-    (args, task), envs, eval_envs = fill_in(args), None, None
+    (args, task), envs, eval_envs, stop = fill_in(args), None, None, []
     if not args.evaluate:
         envs = Envs(args, args.num_envs)  # before torch starts its threads, and CUDA
     if args.evaluate or args.eval_freq:
         eval_envs = Envs(args, min(args.eval_episodes, args.num_envs), args.capture_video)
-    stop = threading.Event()
 
     def ask(number, frame):
-        stop.set()
+        stop.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
-    for number in SIGNALS:  # the workers, which are running by now, keep the defaults
+    for number in SIGNALS:
         signal.signal(number, ask)
     device, directory = choose_device(args), Path(args.evaluate)
     directory, state = (directory, read_checkpoint(directory)) if args.evaluate else open_directory(args)
     run = Run(args, task, device)
     mode = "eager" if run.functions == Functions() else "compiled"
     say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}, {mode}")
+    busy = device.type == "cpu" and torch.get_num_threads() > 1 and os.getloadavg()[0] > 0.5 * os.cpu_count()
+    if busy:
+        say(
+            "this machine is busy: beside others a run is fastest with one thread, OMP_NUM_THREADS=1 in its environment"
+        )
     if state:
-        try:
-            run.load_state_dict(state)
-        except (RuntimeError, ValueError) as e:
-            raise Refused(f"the checkpoint does not fit these arguments: {first_line(e)}") from e
+        run.load_state_dict(state)
         state = None  # a copy of the buffer
         say(f"{'evaluating' if args.evaluate else 'continuing at'} step {run.global_step}")
     if args.evaluate:
@@ -1717,20 +1744,22 @@ def begin(args):
     try:
         with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
             code = train(run, envs, eval_envs, log, stop, directory)
-        log.flush()
         if profiler:
             profiler.export_chrome_trace(str(directory / "trace.json"))
     except Exception as e:
-        if stop.is_set():  # the signal reached a compiler or a simulator too, say; the last checkpoint is good
-            say(f"warning: {first_line(e)}", sys.stderr)
-            return TRY_AGAIN
+        cause = e
         try:
             run.means()
-            told = str(e) if isinstance(e, (Refused, Failed)) else first_line(e)
-        except Failed as cause:  # a loss was not finite: what failed did so because of it
-            told = cause
-        raise (Refused if isinstance(e, Refused) else Failed)(f"step {run.global_step}: {told}") from e
+        except Failed as found:  # a loss was not finite: what failed did so because of it
+            cause = found
+        if isinstance(cause, (Refused, Failed, OSError)):
+            raise (Refused if isinstance(cause, Refused) else Failed)(f"step {run.global_step}: {cause}") from e
+        if not stop:
+            raise
+        say(f"warning: {first_line(e)}", sys.stderr)  # the signal reached a compiler too, say
+        code = TRY_AGAIN  # from the last checkpoint
     if code == 0:
+        log.flush()
         end = {"global_step": run.global_step, "total_timesteps": args.total_timesteps}
         write_json(directory / "finished.json", end)
     return code
@@ -1748,6 +1777,9 @@ def main(argv=None):
     except (Refused, Failed, OSError) as e:
         print(f"{os.path.basename(__file__)}: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, Refused) else 1
+    except torch.OutOfMemoryError:
+        print(f"{os.path.basename(__file__)}: error: the GPU's memory is full; --buffer-size 500_000 halves the replay")
+        return 1
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()

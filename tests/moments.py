@@ -101,7 +101,7 @@ def kill_worker(script, worker, path, number, inside=""):
 
     def happen(call, args):
         if call == number:
-            process = args[0].vector.processes[worker]
+            process = args[0].processes[worker]
             process.kill()
             process.join()
 

@@ -18,7 +18,8 @@ import bmpc
 DEFAULTS = dict(  # the numbers of the algorithm's description, written down a second time
     exp_name="bmpc", run_name="", seed=1, device="auto", torch_deterministic=True,
     track=False, wandb_project_name="bmpc", wandb_entity=None, capture_video=False, profile=False, eval_freq=10_000,
-    eval_episodes=10, log_freq=1_000, checkpoint_freq=10_000, resume="", evaluate="", env_id="dog-run", env_kwargs="{}",
+    eval_episodes=10, log_freq=1_000, checkpoint_freq=10_000, resume="", evaluate="", preset="full",
+    env_id="dog-run", env_kwargs="{}",
     num_envs=4, action_repeat=None, episodic=False, discount=None, discount_denom=5.0, discount_min=0.95,
     discount_max=0.995, total_timesteps=200_000, learning_starts=2_500, utd_ratio=1.0, batch_size=256,
     buffer_size=1_000_000, lr=3e-4, enc_lr_scale=1.0, grad_clip_norm=20.0, tau=0.01, rho=0.5,
@@ -59,7 +60,7 @@ def test_every_field_of_args_has_a_docstring():
 
 
 def test_every_field_can_be_set_from_the_command_line():
-    others = {"model_size": "19", "kl_reduction": "sum", "matmul_precision": "medium"}
+    others = {"model_size": "19", "preset": "small", "kl_reduction": "sum", "matmul_precision": "medium"}
     others |= {"imagine_initial_source": "replay_true", "td_target_initial_source": "same"}
     for name, value in DEFAULTS.items():
         option = "--" + name.replace("_", "-")
@@ -75,6 +76,16 @@ def test_the_names_td_mpc2s_users_type_mean_the_same():
     args = bmpc.parse_args(["--task", "cup-catch", "--steps", "77"])
     assert (args.env_id, args.total_timesteps) == ("cup-catch", 77)
     assert args == bmpc.parse_args(["--env-id", "cup-catch", "--total-timesteps", "77"])
+
+
+SMALL = "--steps 12500 --eval-freq 2500 --eval-episodes 5 --model-size 1 --enc-dim 128 --mlp-dim 128 --latent-dim 128"
+SMALL += " --num-q 2 --num-samples 128 --num-elites 16 --num-pi-trajs 8 --batch-size 128 --reanalyze-batch-size 10"
+
+
+def test_a_preset_stands_for_its_flags_and_flags_beside_it_win():
+    assert bmpc.parse_args(["--preset", "small"]) == bmpc.parse_args([*SMALL.split(), "--preset", "small"])
+    spelled, args = bmpc.parse_args(SMALL.split()), bmpc.parse_args(["--num-q", "5", "--preset", "small"])
+    assert dataclasses.replace(spelled, preset="small", num_q=5) == args
 
 
 # --- tasks

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import threading
 
 import numpy as np
 import oracle
@@ -325,6 +324,6 @@ def test_the_agent_learns_to_follow_a_target_by_planning_and_by_imitation(tmp_pa
         num_samples=48, num_elites=8, num_pi_trajs=8, mlp_dim=32, enc_dim=32, eval_episodes=4,
     )  # fmt: skip
     run = run_loop(args, Follow([10] * 4), tmp_path)
-    play = lambda planning: bmpc.play(run, Follow([10] * 4), planning, threading.Event(), []).mean() / 10
+    play = lambda planning: bmpc.play(run, Follow([10] * 4), planning, [], []).mean() / 10
     planner, policy = play(True), play(False)
     assert planner > 0.8 and policy > 0.75, (planner, policy)

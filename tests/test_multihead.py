@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 import statistics
-import threading
 
 import pytest
 import torch
@@ -163,7 +162,7 @@ def filled_buffer(run):
 
 
 def returns_of(run, planning=True):
-    return load(type(run.model).__module__).play(run, FakeEnvs(2), planning, threading.Event(), []).tolist()
+    return load(type(run.model).__module__).play(run, FakeEnvs(2), planning, [], []).tolist()
 
 
 def nudge(network, size=0.3, seed=2):

@@ -1,7 +1,6 @@
 """MPPI: against toy problems with known answers, a numpy version of one plan, and itself one state at a time."""
 
 import math
-import threading
 
 import numpy as np
 import oracle
@@ -279,7 +278,7 @@ def play(args, envs, planner, planning=True, step=0):
     """The model that played, and its returns."""
     run = start(args, FakeEnvs([9] * args.num_envs), bmpc.Functions(plan=planner))
     run.model, run.global_step = make_model(args), step
-    return run.model, bmpc.play(run, envs, planning, threading.Event(), [])
+    return run.model, bmpc.play(run, envs, planning, [], [])
 
 
 def test_evaluation_plays_the_best_elite_and_the_official_flag_a_drawn_one():
@@ -327,10 +326,10 @@ def test_an_evaluation_is_a_function_of_the_seed_and_the_step():
 
 
 def test_an_evaluation_that_is_asked_to_stop_is_abandoned_and_its_film_is_episode_0s(tmp_path):
-    args, stop = small_args(eval_episodes=3, capture_video=True), threading.Event()
+    args, stop = small_args(eval_episodes=3, capture_video=True), []
     run, film = start(args, FakeEnvs([9, 9]), bmpc.Functions(plan=Recorder())), []
     assert len(bmpc.play(run, FakeEnvs([5, 7]), True, stop, film)) == 3
     assert len(film) == 5
-    stop.set()
+    stop.append(15)
     assert bmpc.play(run, FakeEnvs([5, 7]), True, stop, film) is None
     assert bmpc.evaluate(run, FakeEnvs([5, 7]), stop, tmp_path / "video.mp4") is None and not list(tmp_path.iterdir())

@@ -1,13 +1,14 @@
 """results/: the kept curves are those of the commands beside them, and README's table of them is computed from them."""
 
 import csv
+import dataclasses
 import importlib
 import json
-import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -23,7 +24,7 @@ RUNS = [(folder, name, about) for folder, runs in KEPT.items() for name, about i
 
 @pytest.mark.parametrize("folder, name, about", RUNS, ids=[f"{folder.name}/{name}" for folder, name, _ in RUNS])
 def test_a_kept_run_is_whole(folder, name, about):
-    """The command names the run and its length; the curve starts at 0, ends there and is evenly spaced."""
+    """The command names the run and its length; the curve ends there and is evenly spaced."""
     _python, script, *flags = shlex.split(about["command"])
     args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
     assert name == f"{args.env_id}__{script.removesuffix('.py')}__{args.seed}__{args.run_name}"
@@ -31,17 +32,24 @@ def test_a_kept_run_is_whole(folder, name, about):
     assert {"git_commit", "torch", "mujoco", "dm_control"} <= set(about["versions"])
     rows = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
     steps = [int(row["global_step"]) for row in rows]
-    assert steps == list(range(0, about["steps"] + 1, args.eval_freq))
+    assert steps == list(range(steps[0], about["steps"] + 1, args.eval_freq)) and steps[0] in (0, args.eval_freq)
     assert [int(row["env_steps"]) for row in rows] == [2 * step for step in steps]
     assert np.isfinite([[float(row["planner_return"]), float(row["policy_return"])] for row in rows]).all()
+
+
+def meaning(command):
+    """What a command line runs: its script, and the arguments, however they are spelled."""
+    _python, script, *flags = shlex.split(command)
+    args = importlib.import_module(Path(script).stem).parse_args(flags)
+    return Path(script).stem, dataclasses.astuple(dataclasses.replace(args, preset="full"))
 
 
 def test_the_sweeps_still_say_the_kept_commands():
     sweeps = sorted({about["sweep"].split("__")[0] for _, _, about in RUNS})
     command = ["bash", ROOT / "sweeps.sh", *sweeps, "--dry-run"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    said = {re.sub(r"^\S+ (\S*/)?", "python ", line) for line in lines}
-    assert sweeps and {about["command"] for _, _, about in RUNS} <= said
+    said = {meaning(line) for line in lines}
+    assert sweeps and {meaning(about["command"]) for _, _, about in RUNS} <= said
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])

@@ -179,7 +179,7 @@ def test_environment_i_episode_k_is_the_same_whoever_ran_before(task, repeat):
             envs.step_async(sent)
             obs, reward, _, _ = envs.step_wait()
             trajectory.append(np.append(obs[place], reward[place]))
-        envs.vector.close()
+        envs.close()
         seen.append(trajectory)
     assert all(map(np.array_equal, seen[0], seen[1])) and all(map(np.array_equal, seen[0], seen[2]))
     assert np.array_equal(seen[3][0], seen[0][3][:-1]) and all(map(np.array_equal, seen[0][4:], seen[3][1:]))

@@ -12,7 +12,6 @@ import io
 import re
 import subprocess
 import sys
-import threading
 import tokenize
 import zlib
 from pathlib import Path
@@ -41,7 +40,7 @@ SEAMS = {
     },
     "bmpc_dual_policy.py": {
         9: (0, 0, 14),
-        10: (1, 1481454297, 8),
+        10: (1, 1481454297, 10),
         11: (3, 2454081471, 5),
         12: (6, 463305576, 20),
         13: (1, 2100698761, 18),
@@ -262,7 +261,7 @@ def small_run(module, directory: Path, **flags) -> tuple:
     directory.mkdir(exist_ok=True)
     module.enter_episodes(run, envs)
     log = module.Log(directory, 1, 0)
-    assert module.train(run, envs, FakeEnvs(2), log, threading.Event(), directory) == 0
+    assert module.train(run, envs, FakeEnvs(2), log, [], directory) == 0
     log.flush()
     with open(directory / "metrics.csv") as file:
         rows = [(int(r["global_step"]), r["tag"], r["value"]) for r in csv.DictReader(file)]

@@ -3,9 +3,7 @@
 # reanalyzed, their numbers for every flag.
 question "Does this code, with the official numbers, learn as the official code does?"
 seeds 1 2 3 4 5
-flags --steps 12500 --eval-freq 2500 --eval-episodes 5                            # 25 000 env steps
-flags --enc-dim 128 --mlp-dim 128 --latent-dim 128                                # narrow layers
-flags --num-samples 128 --num-elites 16 --num-pi-trajs 8 --batch-size 128         # a quarter of the candidates
+flags --steps 12500 --reanalyze-batch-size 20
 flags --num-envs 1 --consistency-coef 20 --no-normalize-rho-weights --enc-lr-scale 0.3 --entropy-coef 1e-4
 flags --log-std-min -3 --reanalyze-log-std-min -2 --reanalyze-log-std-max 1 --min-std 0.05
 flags --eval-sample-elite --no-chosen-action-noise --expert-std-scale 1 --expert-std-min 0
