@@ -148,6 +148,7 @@ def train(run, envs, directory, eval_envs=None, script=bmpc):
     directory.mkdir(exist_ok=True)
     log = script.Log(directory, 1, run.global_step)
     assert script.train(run, envs, eval_envs, log, threading.Event(), directory) == 0
+    log.flush()
 
 
 def run_loop(args, envs, directory, functions=None, script=bmpc):
