@@ -114,7 +114,7 @@ def world_model_loss(model, batch, draws, args):
     """Every loss of the world model by name, and the states of the first dynamics head's rollout."""
     T, Q, R, H = args.horizon, args.num_q, args.num_rollouts, heads(args)
     td = draws.td if draws.td.dim() == 6 else draws.td[None]  # (H or 1, R, td_horizon, T, B, A)
-    z_true, parts = [network(model.encoder, 0, obs) for obs in batch.obs], {}
+    z_true, parts, ys = [network(model.encoder, 0, obs) for obs in batch.obs], {}, []
     z = [[z_true[0]] for _ in range(H)]
 
     def add(name, value, t, of=1):
@@ -137,6 +137,7 @@ def world_model_loss(model, batch, draws, args):
         policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
         for r in range(R):
             targets = td_targets(model, policy, origin.detach(), td[:, r, :, t], args)
+            ys.append(targets)
             for q in range(Q):
                 keep = None if draws.keep is None else draws.keep[q, t]
                 logits = network(model.value, q, start, keep)
@@ -147,6 +148,10 @@ def world_model_loss(model, batch, draws, args):
         total = total + args.termination_coef * parts["termination"]
     if args.encoder_consistency_coef:
         total = total + args.encoder_consistency_coef * parts["encoder_consistency"]
+    ys = torch.stack(ys).view(T, R, Q, -1)
+    parts["td_target"] = ys.mean()
+    if R > 1:
+        parts["td_target_std_over_rollouts"] = ((ys - ys.mean(1, keepdim=True)) ** 2 / (R - 1)).sum(1).sqrt().mean()
     if H > 1:
         last = torch.stack([states[T].detach() for states in z])
         parts["latent_disagreement"] = ((last - last.mean(0)) ** 2).mean(0).sqrt().mean()
