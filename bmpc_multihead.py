@@ -1115,6 +1115,7 @@ def compiled(args, device):
     """The functions compiled, each to one graph per set of shapes; eager ones where nothing can be compiled."""
     if not args.compile:
         return Functions()
+    say("compiling: is there a compiler? ...")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's own deprecations, while its compiler is imported
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
@@ -1394,13 +1395,18 @@ class Log:
         self.tensorboard.flush()
 
 
+def run_directory(args):
+    """runs/<short env>__<exp_name>__<seed>[__<run_name>], or the directory given to --resume."""
+    name = f"{short_name(args.env_id)}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
+    return Path(args.resume or f"runs/{name}")
+
+
 def open_directory(args):
-    """Locks the run's directory, the one given to --resume if any. Returns it and the state to go on from, if any.
+    """Locks the run's directory. Returns it and the state to go on from, if there is one.
 
     Raises Refused if the directory is in use, or holds a finished run or one with other arguments.
     """
-    name = f"{short_name(args.env_id)}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
-    directory = Path(args.resume or f"runs/{name}")
+    directory = run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # a number, which nothing closes behind our back
     try:
@@ -1722,14 +1728,12 @@ def begin(args):
         signal.signal(number, ask)
     device, directory = choose_device(args), Path(args.evaluate)
     directory, state = (directory, read_checkpoint(directory)) if args.evaluate else open_directory(args)
-    run = Run(args, task, device)
-    mode = "eager" if run.functions == Functions() else "compiled"
-    say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}, {mode}")
-    busy = device.type == "cpu" and torch.get_num_threads() > 1 and os.getloadavg()[0] > 0.5 * os.cpu_count()
-    if busy:
+    say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}")
+    if device.type == "cpu" and torch.get_num_threads() > 1 and os.getloadavg()[0] > 0.5 * os.cpu_count():
         say(
             "this machine is busy: beside others a run is fastest with one thread, OMP_NUM_THREADS=1 in its environment"
         )
+    run = Run(args, task, device)
     if state:
         run.load_state_dict(state)
         state = None  # a copy of the buffer

@@ -62,16 +62,25 @@ def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
     return model
 
 
+def draw_update(script, args, seed=0):
+    """An update's random numbers; the siblings have a generator of their own for what is theirs."""
+    rngs = [generator(seed)] if script is bmpc else [generator(seed), generator(seed + 1)]
+    return script.draw_update(args, TASK.action_dim, *rngs)
+
+
 def make_batch(args, task=TASK, seed=0):
-    """A batch of noise."""
+    """A batch of noise, with an expert for each policy."""
     rng, T, B, A = generator(seed), args.horizon, args.batch_size, task.action_dim
     normal = lambda *shape: torch.randn(shape, generator=rng)
+    experts = []
+    for _ in range(1 + getattr(args, "dual_policy_enabled", False)):
+        experts += [normal(T, B, A).clamp(-1, 1), 0.05 + torch.rand(T, B, A, generator=rng)]
     return bmpc.Batch(
         obs=normal(T + 1, B, task.obs_dim),
         action=normal(T, B, A).clamp(-1, 1),
         reward=3 * normal(T, B),
         terminated=(torch.rand(T, B, generator=rng) < 0.3) * 1.0,
-        expert=torch.stack([normal(T, B, A).clamp(-1, 1), 0.05 + torch.rand(T, B, A, generator=rng)], 2),
+        expert=torch.stack(experts, 2),
         rows=torch.arange(T * B).view(T, B),
     )
 
@@ -134,6 +143,7 @@ def train(run, envs, directory, eval_envs=None, script=bmpc):
     directory.mkdir(exist_ok=True)
     log = script.Log(directory, 1, run.global_step)
     assert script.train(run, envs, eval_envs, log, [], directory) == 0
+    log.flush()
 
 
 def run_loop(args, envs, directory, functions=None, script=bmpc):

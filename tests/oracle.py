@@ -41,6 +41,10 @@ def gaussian(policy, z, args):
     return torch.tanh(m), torch.exp(low + (high - low) / 2 * (torch.tanh(s) + 1))
 
 
+def heads(args):
+    return getattr(args, "planner_num_dynamics_heads", 1)
+
+
 # --- scalars as distributions
 
 
@@ -81,70 +85,91 @@ def weights(args):
 
 
 @torch.no_grad()
-def td_target(model, policy, z, eps, args):
-    """One imagined trajectory of eps (td_horizon, B, A) from z (B, L): y (B,)."""
+def imagined(model, policy, head, z, eps, args):
+    """The target of each value head by one trajectory of dynamics head `head` from z (B, L), eps (td_horizon, B, A)."""
     y, alive, gamma = torch.zeros(len(z)), torch.ones(len(z)), 1.0
     for noise in eps:
         mean, std = gaussian(policy, z, args)
         za = torch.cat([z, (mean + std * noise).clamp(-1, 1)], -1)
         y = y + gamma * alive * scalar(network(model.reward, 0, za), args)
-        z = network(model.dynamics, 0, za)
+        z = network(model.dynamics, head, za)
         if args.episodic:
             alive = alive * (torch.sigmoid(network(model.termination, 0, z)[:, 0]) <= 0.5)
         gamma = gamma * args.discount
-    heads = [scalar(network(model.target_value, q, z), args) for q in range(args.num_q)]
-    return y + gamma * alive * sum(heads) / args.num_q
+    values = [scalar(network(model.target_value, q, z), args) for q in range(args.num_q)]
+    return torch.stack([y + gamma * alive * value for value in values])
+
+
+def td_targets(model, policy, z, eps, args):
+    """The target of each value head (Q, B), from z (B, L) by eps (H or 1, td_horizon, B, A): means over dynamics heads.
+
+    All dynamics heads share the first action, and unless the bootstrap is local all value heads their mean.
+    """
+    of = lambda h: torch.cat([eps[0, :1], eps[min(h, len(eps) - 1), 1:]])
+    y = sum(imagined(model, policy, h, z, of(h), args) for h in range(heads(args))) / heads(args)
+    return y if getattr(args, "local_td_bootstrap", False) else y.mean(0, keepdim=True).expand_as(y)
 
 
 def world_model_loss(model, batch, draws, args):
-    """Every loss of the world model by name, and the rollout's states."""
-    T, Q, R = args.horizon, args.num_q, args.num_rollouts
-    z_true = [network(model.encoder, 0, obs) for obs in batch.obs]
-    z, parts = [z_true[0]], {}
+    """Every loss of the world model by name, and the states of the first dynamics head's rollout."""
+    T, Q, R, H = args.horizon, args.num_q, args.num_rollouts, heads(args)
+    td = draws.td if draws.td.dim() == 6 else draws.td[None]  # (H or 1, R, td_horizon, T, B, A)
+    z_true, parts, ys = [network(model.encoder, 0, obs) for obs in batch.obs], {}, []
+    z = [[z_true[0]] for _ in range(H)]
 
-    def add(name, value, t):
-        parts[name] = parts.get(name, 0.0) + weights(args)[t] * value.mean()
+    def add(name, value, t, of=1):
+        parts[name] = parts.get(name, 0.0) + weights(args)[t] * value.mean() / of
 
     for t in range(T):
-        za = torch.cat([z[t], batch.action[t]], -1)
-        z.append(network(model.dynamics, 0, za))
-        add("consistency", (z[t + 1] - z_true[t + 1].detach()) ** 2, t)
-        add("reward", cross_entropy(network(model.reward, 0, za), two_hot(batch.reward[t], args)), t)
-        start = z[t] if args.imagine_initial_source == "replay_rollout" else z_true[t]
+        for h in range(H):
+            za = torch.cat([z[h][t], batch.action[t]], -1)
+            z[h].append(network(model.dynamics, h, za))
+            add("consistency", (z[h][t + 1] - z_true[t + 1].detach()) ** 2, t, H)
+            add("reward", cross_entropy(network(model.reward, 0, za), two_hot(batch.reward[t], args)), t, H)
+            if args.episodic:
+                p = torch.sigmoid(network(model.termination, 0, z[h][t + 1])[:, 0])
+                ended = batch.terminated[t]
+                add("termination", -(ended * torch.log(p) + (1 - ended) * torch.log(1 - p)), t, H)
+            if args.encoder_consistency_coef:
+                add("encoder_consistency", (z[h][t + 1].detach() - z_true[t + 1]) ** 2, t, H)
+        start = z[0][t] if args.imagine_initial_source == "replay_rollout" else z_true[t]
         origin = z_true[t] if args.td_target_initial_source == "replay_true" else start
         policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
         for r in range(R):
-            target = two_hot(td_target(model, policy, origin.detach(), draws.td[r, :, t], args), args)
+            targets = td_targets(model, policy, origin.detach(), td[:, r, :, t], args)
+            ys.append(targets)
             for q in range(Q):
                 keep = None if draws.keep is None else draws.keep[q, t]
-                add("value", cross_entropy(network(model.value, q, start, keep), target) / (Q * R), t)
-        if args.episodic:
-            p = torch.sigmoid(network(model.termination, 0, z[t + 1])[:, 0])
-            ended = batch.terminated[t]
-            add("termination", -(ended * torch.log(p) + (1 - ended) * torch.log(1 - p)), t)
-        if args.encoder_consistency_coef:
-            add("encoder_consistency", (z[t + 1].detach() - z_true[t + 1]) ** 2, t)
+                logits = network(model.value, q, start, keep)
+                add("value", cross_entropy(logits, two_hot(targets[q], args)), t, Q * R)
     total = args.consistency_coef * parts["consistency"] + args.reward_coef * parts["reward"]
     total = total + args.value_coef * parts["value"]
     if args.episodic:
         total = total + args.termination_coef * parts["termination"]
     if args.encoder_consistency_coef:
         total = total + args.encoder_consistency_coef * parts["encoder_consistency"]
-    return total, [x.detach() for x in z[:T]], parts
+    ys = torch.stack(ys).view(T, R, Q, -1)
+    parts["td_target"] = ys.mean()
+    if R > 1:
+        parts["td_target_std_over_rollouts"] = ((ys - ys.mean(1, keepdim=True)) ** 2 / (R - 1)).sum(1).sqrt().mean()
+    if H > 1:
+        last = torch.stack([states[T].detach() for states in z])
+        parts["latent_disagreement"] = ((last - last.mean(0)) ** 2).mean(0).sqrt().mean()
+    return total, [x.detach() for x in z[0][:T]], parts
 
 
-def policy_loss(model, scale, z, expert, args):
-    """The policy's loss, the new S and the losses by name."""
+def policy_loss(policy, ema, scale, z, expert, args):
+    """A policy's loss, the new S and the losses by name."""
     lam, A = weights(args), expert.shape[-1]
     reduce = (lambda kl: kl.sum(-1) / A) if args.kl_reduction == "mean" else (lambda kl: kl.sum(-1))
     kls, entropies, trusts = [], [], []
     for t in range(args.horizon):
-        pi = Normal(*gaussian(model.policy, z[t], args))
+        pi = Normal(*gaussian(policy, z[t], args))
         std = torch.maximum(args.expert_std_scale * expert[t, :, 1], torch.tensor(args.expert_std_min))
         kls.append(reduce(kl_divergence(pi, Normal(expert[t, :, 0], std))))
         entropies.append(pi.entropy().sum(-1))
         if args.policy_trust_region_coef:
-            mean, std = gaussian(model.ema_policy, z[t], args)
+            mean, std = gaussian(ema, z[t], args)
             trusts.append(reduce(kl_divergence(Normal(mean.detach(), std.detach()), pi)))
     low, high = np.percentile(kls[0].detach().numpy(), [5, 95])
     scale = scale + 0.01 * (max(high - low, 1.0) - scale)
@@ -179,29 +204,35 @@ class Adam:
 
 
 class Learner:
-    """Updates of a copy of `model`."""
+    """Updates of a copy of `model`; of two policies the second learns from the second half of the experts."""
 
     def __init__(self, model, args):
-        self.model, self.args, self.scale = copy.deepcopy(model), args, float(model.kl_scale)
-        m = self.model
-        encoder, rest = [*m.encoder.parameters()], [m.dynamics, m.reward, m.value]
-        rest = [p for part in rest + [m.termination] * args.episodic for p in part.parameters()]
-        lrs = [args.lr * args.enc_lr_scale] * len(encoder) + [args.lr] * len(rest)
-        self.adam = Adam(encoder + rest, lrs, 1e-8, args.grad_clip_norm)
-        policy = [*m.policy.parameters()]
+        self.model, self.args = copy.deepcopy(model), args
+        m, self.scales = self.model, model.kl_scale.view(-1).tolist()
+        self.policies = [("", m.policy, m.ema_policy)]
+        if len(self.scales) > 1:
+            self.policies.append(("optimistic_", m.optimistic_policy, m.optimistic_ema_policy))
+        scaled = getattr(args, "ensemble_lr_scaling", False)
+        rates = [(m.encoder, args.enc_lr_scale), (m.dynamics, heads(args) if scaled else 1), (m.reward, 1)]
+        rates += [(m.value, args.num_q / 5 if scaled else 1)] + [(m.termination, 1)] * args.episodic
+        rated = [(p, args.lr * rate) for part, rate in rates for p in part.parameters()]
+        self.adam = Adam(*map(list, zip(*rated, strict=True)), 1e-8, args.grad_clip_norm)
+        policy = [p for _, network, _ in self.policies for p in network.parameters()]
         self.policy_adam = Adam(policy, [args.lr] * len(policy), 1e-5, args.grad_clip_norm)
 
     def update(self, batch, draws, pretraining):
         """One update: its losses and gradient norms by name."""
-        m, args = self.model, self.args
+        m, args, loss = self.model, self.args, 0.0
         total, z, parts = world_model_loss(m, batch, draws, args)
-        if not pretraining:  # on the model as the world model's loss saw it
-            loss, self.scale, more = policy_loss(m, self.scale, z, batch.expert, args)
-            parts |= more | {"policy_grad_norm": self.policy_adam.step(loss)}
-        parts |= {"total": total, "grad_norm": self.adam.step(total)}
         follow = [(m.target_value, m.value, args.tau)]
-        if m.ema_policy is not None and not pretraining:
-            follow.append((m.ema_policy, m.policy, args.policy_ema_tau))
+        if not pretraining:  # on the model as the world model's loss saw it
+            for k, (name, policy, ema) in enumerate(self.policies):
+                expert = batch.expert[:, :, 2 * k : 2 * k + 2]
+                one, self.scales[k], more = policy_loss(policy, ema, self.scales[k], z, expert, args)
+                loss, parts = loss + one, parts | {name + key: value for key, value in more.items()}
+                follow += [(ema, policy, args.policy_ema_tau)] * (ema is not None)
+            parts |= {"policy_grad_norm": self.policy_adam.step(loss)}
+        parts |= {"total": total, "grad_norm": self.adam.step(total)}
         with torch.no_grad():
             for slow, fast, tau in follow:
                 for x, y in zip(slow.parameters(), fast.parameters(), strict=True):
@@ -224,31 +255,38 @@ class Simulator:
     def policy(self, z):
         return [x.numpy() for x in gaussian(self.model.policy, torch.from_numpy(z), self.args)]
 
-    def dynamics(self, z, a):
-        return network(self.model.dynamics, 0, self.joined(z, a)).numpy()
+    def dynamics(self, z, a, head=0):
+        return network(self.model.dynamics, head, self.joined(z, a)).numpy()
 
     def reward(self, z, a):
         return float(scalar(network(self.model.reward, 0, self.joined(z, a)), self.args))
 
     def values(self, z):
-        heads = [network(self.model.value, q, torch.from_numpy(z)) for q in range(self.args.num_q)]
-        return [float(scalar(head, self.args)) for head in heads]
+        logits = [network(self.model.value, q, torch.from_numpy(z)) for q in range(self.args.num_q)]
+        return np.array([float(scalar(x, self.args)) for x in logits])
 
     def ends(self, z):
         return float(torch.sigmoid(network(self.model.termination, 0, torch.from_numpy(z)))) > 0.5
 
 
-def rollout_return(sim, z, actions, args):
+def estimates(sim, head, z, actions, args):
+    """The return of a sequence of actions with one dynamics head, by each value head."""
     total, gamma = 0.0, 1.0
     for a in actions:
-        total, z, gamma = total + gamma * sim.reward(z, a), sim.dynamics(z, a), gamma * args.discount
+        total, z, gamma = total + gamma * sim.reward(z, a), sim.dynamics(z, a, head), gamma * args.discount
         if args.episodic and sim.ends(z):
-            return total
-    total = total + gamma * np.mean(sim.values(z))
-    return total if np.isfinite(total) else -1e9
+            return np.full(args.num_q, total)
+    return total + gamma * sim.values(z)
 
 
-def plan(sim, z, mean, proposals, samples, elite_uniform, noise, args):
+def rated(sim, z, actions, args, coef):
+    """A candidate's score, its spread over the heads, and itself."""
+    found = np.concatenate([estimates(sim, head, z, actions, args) for head in range(heads(args))])
+    score, spread = np.mean(found) + coef * np.std(found), np.std(found)
+    return (score, spread, actions) if np.isfinite(score) else (-1e9, 0.0, actions)
+
+
+def plan(sim, z, mean, proposals, samples, elite_uniform, noise, args, coef=0.0):
     """One plan from z (L,), with previous mean (T, A) and its own draws, all numpy. Returns a dict of numpy arrays."""
     candidates = []
     for eps in proposals:  # (T, A): the policy's sequences, rolled through the model
@@ -257,25 +295,28 @@ def plan(sim, z, mean, proposals, samples, elite_uniform, noise, args):
             m, s = sim.policy(state)
             sequence.append(np.clip(m + s * e, -1, 1))
             state = sim.dynamics(state, sequence[-1])
-        candidates.append((rollout_return(sim, z, sequence, args), np.array(sequence)))
+        candidates.append((*rated(sim, z, np.array(sequence), args, coef), True))
     std = np.full_like(mean, args.max_std)
     for eps in samples:  # an iteration
         tried = [np.clip(mean + std * e, -1, 1) for e in eps]
-        ranked = candidates + [(rollout_return(sim, z, actions, args), actions) for actions in tried]
-        ranked = sorted(ranked, key=lambda pair: -pair[0])[: args.num_elites]
-        w = np.array([math.exp(args.temperature * (value - ranked[0][0])) for value, _ in ranked])
+        ranked = candidates + [(*rated(sim, z, actions, args, coef), False) for actions in tried]
+        scores, spreads, elites, proposed = zip(*sorted(ranked, key=lambda of: -of[0])[: args.num_elites], strict=True)
+        w = np.array([math.exp(args.temperature * (value - scores[0])) for value in scores])
         w = w / w.sum()
-        mean = sum(wi * actions for wi, (_, actions) in zip(w, ranked, strict=True))
-        std = np.sqrt(sum(wi * (actions - mean) ** 2 for wi, (_, actions) in zip(w, ranked, strict=True)))
+        mean = sum(wi * actions for wi, actions in zip(w, elites, strict=True))
+        std = np.sqrt(sum(wi * (actions - mean) ** 2 for wi, actions in zip(w, elites, strict=True)))
         std = np.minimum(np.maximum(std, args.min_std), args.max_std)
     with np.errstate(divide="ignore"):
         chosen = int(np.argmax(np.log(w) - np.log(-np.log(elite_uniform))))
-    drawn = ranked[chosen][1][0]
+    drawn, bonus = elites[chosen][0], coef * np.array(spreads)
     return {
         "action": np.clip(drawn + std[0] * noise, -1, 1),
         "elite": drawn,
-        "best": ranked[0][1][0],
+        "best": elites[0][0],
         "mean": mean,
         "std": std[0],
-        "value": ranked[chosen][0],
+        "value": scores[chosen],
+        "spread": np.mean(spreads),
+        "bonus": np.mean(abs(bonus) / (abs(bonus) + abs(np.array(scores) - bonus))),
+        "proposed": np.mean(proposed),
     }

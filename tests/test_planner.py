@@ -9,6 +9,8 @@ import torch
 from conftest import FakeEnvs, generator, make_model, run_loop, same, small_args, start
 
 import bmpc
+import bmpc_dual_policy
+import bmpc_multihead
 
 
 def logits(x, args):
@@ -17,17 +19,14 @@ def logits(x, args):
 
 
 class Toy:
-    """A model with dynamics z + a, and reward r(z, a), value v(z), policy (z -> mean) given; latents are points."""
+    """A model with dynamics z + a, reward r(z, a), value v(z) and a policy that is N(0, 1); latents are points."""
 
-    def __init__(self, args, reward, value, policy=None, log_std=0.0, ends=None, num_q=2):
+    def __init__(self, args, reward, value):
         self.dynamics = lambda z, a: z + a
         self.reward = lambda z, a: logits(reward(z, a), args)
-        self.value = lambda z: logits(torch.stack([value(z[0]) + q - (num_q - 1) / 2 for q in range(num_q)]), args)
-        mean = policy or torch.zeros_like
-        squash = math.atanh(2 * (log_std - args.log_std_min) / (args.log_std_max - args.log_std_min) - 1)
-        self.policy = lambda z: torch.cat([torch.atanh(mean(z)), torch.full_like(z, squash)], -1)
-        if ends:
-            self.termination = lambda z: torch.where(ends(z), 5.0, -5.0)[..., None]
+        self.value = lambda z: logits(torch.stack([value(z[0]) - 0.5, value(z[0]) + 0.5]), args)
+        squash = math.atanh(-2 * args.log_std_min / (args.log_std_max - args.log_std_min) - 1)
+        self.policy = lambda z: torch.cat([0 * z, torch.full_like(z, squash)], -1)
 
 
 def toy_args(**changes):
@@ -40,14 +39,10 @@ def plan(model, z, mean, draws, args):
     return bmpc.plan(model, model.policy, z, mean, draws, args)
 
 
-def toy_plan(model, z, args, seed=0, mean=None):
+def toy_plan(model, z, args):
     S, A = z.shape
-    draws = bmpc.draw_plan(args, S, A, args.horizon, generator(seed))
-    mean = torch.zeros(S, args.horizon, A) if mean is None else mean
-    return plan(model, z, mean, draws, args)
-
-
-# --- known answers
+    draws = bmpc.draw_plan(args, S, A, args.horizon, generator())
+    return plan(model, z, torch.zeros(S, args.horizon, A), draws, args)
 
 
 def test_mppi_finds_the_cheapest_way_to_a_point(double):
@@ -64,90 +59,46 @@ def test_mppi_finds_the_cheapest_way_to_a_point(double):
     torch.testing.assert_close(found.value, best, rtol=0, atol=0.02)
 
 
-def test_the_discount_decides_between_a_reward_now_and_a_value_later(double):
-    """Up pays 1 at once, three times down pays 2 in the end, not both: the bend between them is gamma^3 = 1/2."""
-    for discount, sign in ((0.7, 1), (0.9, -1)):
-        args = toy_args(temperature=20.0, discount=discount)
-        at_start = lambda z, a: ((z.abs() < 1e-9) & (a > 0))[..., 0] * 1.0
-        model = Toy(args, at_start, lambda z: 2.0 * (z[..., 0] < -2.5), num_q=1)
-        model.dynamics = lambda z, a: z + a + 0.001  # one never comes back to the start exactly
-        found = toy_plan(model, torch.zeros(1, 1), args)
-        assert found.best.sign() == sign, discount
-        assert found.value == pytest.approx(1.0 if sign > 0 else 2 * discount**3, abs=1e-6)
-
-
-def test_a_policy_proposal_stays_a_candidate_to_the_last_iteration(double):
-    """Only the policy knows the needle in the haystack; its sequences are sampled once and must never be dropped."""
-    args = toy_args(iterations=6, num_pi_trajs=1, num_samples=64, num_elites=8, log_std_min=-12.0)
-    needle = torch.tensor([0.123456, -0.654321])
-    near = lambda z, a: 50.0 * (((a - needle).abs() < 1e-3).all(-1) & (z.sum(-1) > -1e9))
-    model = Toy(args, near, lambda z: 0 * z[..., 0], policy=lambda z: needle.expand_as(z), log_std=-11.9)
-    found = toy_plan(model, torch.zeros(3, 2), args)
-    torch.testing.assert_close(found.best, needle.expand(3, 2), rtol=0, atol=1e-3)
-    assert found.value == pytest.approx([50 * (1 + 0.9 + 0.81)] * 3, rel=1e-6)
-
-
-def test_after_a_foreseen_termination_nothing_counts(double):
-    """Beyond 0.5 the episode ends: the step that leads there is the last with a reward, even if one walks back."""
-    args = toy_args(episodic=True)
-    one, ten, ends = lambda z, a: a[..., 0] * 0 + 1, lambda z: z[..., 0] * 0 + 10, lambda z: z[..., 0] > 0.5
-    model = Toy(args, one, ten, ends=ends, num_q=1)
-    actions = torch.tensor(
-        [
-            [[0.0], [0.0], [0.0]],
-            [[0.6], [0.0], [0.0]],
-            [[0.3], [0.3], [0.0]],
-            [[0.2], [0.2], [0.2]],
-            [[0.6], [-0.6], [0.0]],
-        ]
-    )
-    returns = bmpc.score(*bmpc.estimate_return(model, torch.zeros(1, 1), actions[None], args))[0]
-    assert returns.tolist() == pytest.approx([1 + 0.9 + 0.81 + 7.29, 1, 1.9, 2.71, 1])
-
-
 # --- against numpy
 
 
-def check_against_numpy(model, args, z, previous, horizon=3):
-    S, A = z.shape[0], previous.shape[-1]
-    draws = bmpc.draw_plan(args, S, A, horizon, generator(3))
-    found = plan(model, z, previous, draws, args)
-    with torch.no_grad():
-        for s in range(S):
-            mine = [x[s].numpy() for x in (z, previous, *draws)]
-            expected = oracle.plan(oracle.Simulator(model, args), *mine, args)
-            for name, value in expected.items():
-                np.testing.assert_allclose(getattr(found, name)[s].numpy(), value, rtol=1e-7, atol=1e-7, err_msg=name)
+HEADS = dict(planner_num_dynamics_heads=2)
+CASES = {  # script, horizon, coefficient of the spread, other numbers
+    "defaults": (bmpc, 3, None, dict()),
+    "narrow": (bmpc, 3, None, dict(temperature=5.0, min_std=0.3, num_pi_trajs=1, num_elites=3)),  # a bound binds
+    "wide": (bmpc, 3, None, dict(temperature=0.01, max_std=0.3, num_elites=20)),  # and the other one
+    "no policy": (bmpc, 3, None, dict(num_pi_trajs=0, min_std=0.001, discount=0.5)),
+    "episodic": (bmpc, 3, None, dict(episodic=True, num_q=1, log_std_min=-2.0, max_std=0.4)),  # no two end in a corner
+    "as reanalyze": (bmpc, 5, None, dict(log_std_min=-2.0, log_std_max=0.0)),  # a horizon that is not the model's
+    "indifferent": (bmpc_multihead, 3, 0.0, HEADS),
+    "seeking": (bmpc_multihead, 3, 0.8, HEADS | dict(planner_num_dynamics_heads=3, episodic=True, max_std=0.4)),
+    "avoiding": (bmpc_dual_policy, 2, -1.5, HEADS),
+}
 
 
-@pytest.mark.parametrize(
-    "horizon, changes",
-    [
-        (3, dict()),
-        (3, dict(temperature=5.0, min_std=0.3, num_pi_trajs=1, num_elites=3)),  # the std's lower bound binds
-        (3, dict(temperature=0.01, max_std=0.3, num_elites=20)),  # and its upper bound
-        (3, dict(num_pi_trajs=0, min_std=0.001, discount=0.5)),
-        (3, dict(episodic=True, num_q=1, log_std_min=-2.0, max_std=0.4)),  # ended at the same corner, two would tie
-        (5, dict(log_std_min=-2.0, log_std_max=0.0)),  # a horizon that is not the model's, as reanalyze may ask for
-    ],
-    ids=["defaults", "narrow", "wide", "no policy", "episodic", "as reanalyze"],
-)
-def test_a_plan_equals_its_numpy_version(double, horizon, changes):
-    """Elites, weights, mean, std, the drawn elite, the noise on it and its return, on a random model."""
-    args = small_args(**changes)
-    model = make_model(args)
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_equals_its_numpy_version(double, name):
+    """Elites, weights, mean, std, the drawn elite, the noise on it, its return, the heads' spread."""
+    script, horizon, coef, changes = CASES[name]
+    args = small_args(script, **changes)
+    model = make_model(args, script=script)
     z = model.encoder(torch.randn(2, 4, generator=generator(1))).detach()
     previous = 0.5 * torch.randn(2, horizon, 2, generator=generator(2))
-    check_against_numpy(model, args, z, previous, horizon)
+    draws = bmpc.draw_plan(args, 2, 2, horizon, generator(3))
+    found = script.plan(model, model.policy, z, previous, draws, args, *([] if coef is None else [coef]))
+    with torch.no_grad():
+        for s in range(2):
+            mine = [x[s].numpy() for x in (z, previous, *draws)]
+            expected = oracle.plan(oracle.Simulator(model, args), *mine, args, coef or 0.0)
+            for field in script.Plan._fields:
+                value = getattr(found, field)[s].numpy()
+                np.testing.assert_allclose(value, expected[field], rtol=1e-7, atol=1e-7, err_msg=field)
 
 
 def test_twenty_actions_get_two_more_iterations():
-    shapes = lambda A, **changes: (
-        bmpc.draw_plan(small_args(iterations=6, **changes), 2, A, 3, generator()).samples.shape
-    )
-    assert shapes(19)[1] == 6 and shapes(20)[1] == 8 and shapes(38)[1] == 8
-    assert shapes(38, extra_iterations=0)[1] == 6
-    assert shapes(20) == (2, 8, 16, 3, 20)  # N - P sequences
+    for actions, changes, iterations in ((19, {}, 6), (20, {}, 8), (38, {}, 8), (38, dict(extra_iterations=0), 6)):
+        draws = bmpc.draw_plan(small_args(iterations=6, **changes), 2, actions, 3, generator())
+        assert draws.samples.shape == (2, iterations, 16, 3, actions)  # N - P sequences
 
 
 # --- one plan of many
@@ -168,21 +119,6 @@ def test_a_plan_for_a_batch_equals_plans_one_by_one_under_the_same_draws(double)
     for name, a, b, c in zip(bmpc.Plan._fields, whole, chunked, single, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-9, msg=name)
         torch.testing.assert_close(b, c, rtol=1e-9, atol=1e-9, msg=name)
-
-
-def test_elites_are_drawn_by_their_weights(double):
-    """One state many times, the draws shared but those of the elite: frequencies equal the softmax of the returns."""
-    args, S = small_args(num_elites=5, num_pi_trajs=1, num_samples=8, temperature=0.7, iterations=1), 8_000
-    model = make_model(args)
-    one = bmpc.draw_plan(args, 1, 2, 3, generator(4))
-    draws = bmpc.PlanDraws(*(x.expand(S, *x.shape[1:]) for x in one))
-    draws = draws._replace(elite=torch.rand(S, 5, generator=generator(5)))
-    z = model.encoder(torch.randn(1, 4, generator=generator(6))).detach().expand(S, -1)
-    value = plan(model, z, torch.zeros(S, 3, 2), draws, args).value
-    returns, counts = value.mul(1e9).round().div(1e9).unique(return_counts=True)
-    expected = torch.softmax(0.7 * returns, 0)
-    assert len(returns) == 5 and expected.max() > 1.3 * expected.min()
-    torch.testing.assert_close(counts / S, expected, rtol=0, atol=0.02)
 
 
 # --- numbers that are not numbers
@@ -219,11 +155,10 @@ class Recorder:
     """A plan that answers with unmistakable numbers and keeps what it was asked."""
 
     def __init__(self):
-        self.previous, self.z, self.answers = [], [], []
+        self.previous, self.answers = [], []
 
     def __call__(self, model, policy, z, mean, draws, args):
         self.previous.append(mean.clone())
-        self.z.append(z.clone())
         S, T, A = mean.shape
         n = len(self.previous)
         rows = lambda x: torch.full((S, A), x)
@@ -232,43 +167,24 @@ class Recorder:
         return self.answers[-1]
 
 
+def check_warm_start(recorder, envs, first):
+    """Each plan starts from the one before it, a step on, or from nothing where an episode begins."""
+    for k in range(1, len(recorder.previous)):
+        for i, length in enumerate(envs.lengths):
+            expected = recorder.answers[k - 1].mean[i, 1:]
+            begins = (first + k) % length == 0
+            assert torch.equal(recorder.previous[k][i, :-1], torch.zeros_like(expected) if begins else expected)
+            assert (recorder.previous[k][i, -1] == 0).all()
+    assert (recorder.previous[0] == 0).all()
+
+
 def test_the_warm_start_shifts_by_one_and_is_cleared_exactly_where_an_episode_began(tmp_path):
     """Episodes of 5 and 7 decisions, so that the two begin apart and, at last, together."""
     recorder, envs = Recorder(), FakeEnvs([5, 7])
     args = small_args(total_timesteps=12 + 2 * 40, reanalyze_interval=0, utd_ratio=0.001)
     run_loop(args, envs, tmp_path, bmpc.Functions(plan=recorder))
-    begun = kept = 0
+    check_warm_start(recorder, envs, first=6)  # decisions of each environment, that were random
     assert len(recorder.previous) == 40
-    for k in range(1, 40):
-        decision = 6 + k  # of each environment; 6 were random
-        for i, length in enumerate(envs.lengths):
-            if decision % length == 0:
-                assert (recorder.previous[k][i] == 0).all()
-                begun += 1
-            else:
-                assert torch.equal(recorder.previous[k][i, :-1], recorder.answers[k - 1].mean[i, 1:])
-                assert (recorder.previous[k][i, -1] == 0).all()
-                kept += 1
-    assert (recorder.previous[0] == 0).all() and begun > 10 and kept > 50
-
-
-def test_plans_see_the_encoded_current_observations(tmp_path):
-    recorder, envs = Recorder(), FakeEnvs([5, 7])
-    args = small_args(total_timesteps=12 + 2 * 8, reanalyze_interval=0, utd_ratio=0.001)
-    run = run_loop(args, envs, tmp_path, bmpc.Functions(plan=recorder))
-    again = FakeEnvs(
-        [5, 7]
-    )  # the same episodes, walked through by hand; no update after pretraining changed the encoder
-    obs = again.reset(np.ones(2, bool), [seed for _, seed in envs.begun[:2]])
-    seen, seeds = [], {i: [s for j, s in envs.begun if j == i][1:] for i in range(2)}
-    for _ in range(14):
-        seen.append(obs)
-        again.step_async(None)
-        obs, _, _, truncated = again.step_wait()
-        if truncated.any():
-            obs = again.reset(truncated, [seeds[i].pop(0) if truncated[i] else 0 for i in range(2)])
-    for k in range(8):
-        assert torch.equal(recorder.z[k], run.model.encoder(torch.from_numpy(seen[6 + k])))
 
 
 # --- evaluation
@@ -291,12 +207,8 @@ def test_evaluation_plays_the_best_elite_and_the_official_flag_a_drawn_one():
 def test_evaluation_warm_starts_within_an_episode_only():
     recorder, envs = Recorder(), FakeEnvs([5, 7])
     play(small_args(eval_episodes=4), envs, recorder)
-    for k in range(1, len(recorder.previous)):
-        for i, length in enumerate(envs.lengths):
-            expected = recorder.answers[k - 1].mean[i, 1:]
-            begins = k % length == 0
-            assert torch.equal(recorder.previous[k][i, :-1], torch.zeros_like(expected) if begins else expected)
-            assert (recorder.previous[k][i, -1] == 0).all()
+    check_warm_start(recorder, envs, first=0)
+    assert len(recorder.previous) >= 14
 
 
 def test_evaluation_returns_belong_to_their_episodes():

@@ -4,13 +4,12 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import runs
 import torch
-from conftest import ROOT, FakeEnvs, flags, run_loop, same, small_args, start, train
+from conftest import FakeEnvs, flags, run_loop, same, small_args, start, train
 
 import bmpc
 
@@ -21,15 +20,9 @@ TAGS = set(  # what a run promises to log
     "eval/policy_episodic_return".split()
 )
 CARTPOLE = flags(  # episodes of 1000 simulator steps are 20 decisions
-    task="cartpole-swingup", action_repeat=50, num_envs=2, learning_starts=60, total_timesteps=260, eval_freq=151,
-    eval_episodes=2, log_freq=45, checkpoint_freq=100, reanalyze_interval=5, seed=2,
+    task="cartpole-swingup", action_repeat=50, num_envs=2, learning_starts=30, total_timesteps=110, eval_freq=65,
+    eval_episodes=2, log_freq=25, checkpoint_freq=40, reanalyze_interval=5, seed=2, iterations=1,
 )  # fmt: skip
-
-
-def command(words, directory):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "bmpc.py"), *words], cwd=directory, capture_output=True, text=True
-    )
 
 
 def metrics(directory):
@@ -39,107 +32,81 @@ def metrics(directory):
 
 @pytest.fixture(scope="module")
 def cartpole(tmp_path_factory):
-    """A run of 260 decisions as a process of its own: its directory, what it printed, what it logged."""
-    directory = tmp_path_factory.mktemp("cartpole")
-    done = command(CARTPOLE, directory)
-    assert done.returncode == 0, done.stderr
-    run = directory / "runs" / "cartpole-swingup__bmpc__2"
-    return run, done, metrics(run)
+    """A run of 110 decisions as a process of its own: its directory, itself, what it logged."""
+    cwd = tmp_path_factory.mktemp("cartpole")
+    run = runs.Run(cwd, CARTPOLE).wait()
+    assert run.code == 0, run
+    directory = cwd / "runs" / "cartpole-swingup__bmpc__2"
+    return directory, run, metrics(directory)
 
 
 # --- dm_control, from end to end
 
 
 def test_a_run_logs_every_promised_number_finite_where_it_is_due(cartpole):
-    """Two decisions at a time: evaluation every 151, losses every 45, and both at the end; an episode is 20 long."""
+    """Two decisions at a time: evaluation every 65, losses every 25, and both at the end; an episode is 20 long."""
     _, _, rows = cartpole
     assert {tag for _, _, tag, _ in rows} == TAGS
     assert all(math.isfinite(value) for *_, value in rows)
     assert all(env_steps == 50 * step for step, env_steps, _, _ in rows)
     steps = lambda tag: [step for step, _, name, _ in rows if name == tag]
-    assert steps("eval/episodic_return") == steps("eval/policy_episodic_return") == [152, 260]
-    assert steps("charts/SPS") == [46, 90, 136, 180, 226, 260]
+    assert steps("eval/episodic_return") == steps("eval/policy_episodic_return") == [66, 110]
+    assert steps("charts/SPS") == [26, 50, 76, 100, 110]
     assert steps("losses/policy") == steps("charts/SPS")[1:] == steps("planner/value")
-    assert steps("charts/episodic_return") == [step for step in range(40, 261, 40) for _ in range(2)]
+    assert steps("charts/episodic_return") == [step for step in range(40, 111, 40) for _ in range(2)]
     assert {value for _, _, tag, value in rows if tag == "charts/episodic_length"} == {20.0}
 
 
 def test_a_run_reaches_its_updates_its_reanalyses_and_its_checkpoints_and_says_what_it_is(cartpole):
-    directory, done, _ = cartpole
+    directory, run, _ = cartpole
     state = bmpc.read_checkpoint(directory)
     progress = state["progress"]
-    assert (progress["global_step"], progress["pretrained"], progress["updates"]) == (260, 60, 200)
-    assert (state["buffer"]["expert"][:30, :, 0] != 0).any()  # reanalyze gave warm-up rows, N(0, 1) at first, others
-    assert json.loads((directory / "finished.json").read_text())["global_step"] == 260
-    assert re.findall(r"checkpoint at (\d+)", done.stdout) == ["0", "100", "200", "260"]
-    assert not re.search("^warning|error|Traceback", done.stderr, re.MULTILINE)  # of its own; dm_control has some
-    for words in (
-        "dm_control/cartpole-swingup-v0",
-        "cpu",
-        "eager",
-        "episode 0: return",
-        "step 260: evaluation: planner",
-    ):
-        assert words in done.stdout, words
+    assert (progress["global_step"], progress["pretrained"], progress["updates"]) == (110, 30, 80)
+    assert (state["buffer"]["expert"][:15, :, 0] != 0).any()  # reanalyze gave warm-up rows, N(0, 1) at first, others
+    assert json.loads((directory / "finished.json").read_text())["global_step"] == 110
+    assert re.findall(r"checkpoint at (\d+)", run.said()) == ["0", "40", "80", "110"]
+    assert not re.search("^warning|error|Traceback", run.warned(), re.MULTILINE)  # of its own; dm_control has some
+    told = ("dm_control/cartpole-swingup-v0", "cpu", "episode 0: return", "step 110: evaluation: planner")
+    assert all(words in run.said() for words in told)
     (versions,) = json.loads((directory / "versions.json").read_text())
     assert {"git_commit", "python", "command", "time"} <= set(versions)
     assert json.loads((directory / "args.json").read_text())["discount"] == 0.95
-    assert [path.name for path in directory.parent.parent.iterdir()] == ["runs"]  # nothing beside the run's directory
-
-
-def test_tensorboard_shows_what_the_csv_holds(cartpole):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    directory, _, rows = cartpole
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    shown = {(s.step, tag, np.float32(s.value)) for tag in events.Tags()["scalars"] for s in events.Scalars(tag)}
-    assert shown == {(step, tag, np.float32(value)) for step, _, tag, value in rows}
-
-
-def test_evaluate_prints_the_numbers_of_the_runs_last_evaluation(cartpole):
-    directory, done, _ = cartpole
-    again = command(["--evaluate", str(directory)], directory.parent.parent)
-    assert again.returncode == 0, again.stderr
-    told = lambda text: re.findall("evaluation: .*", text)[-1]
-    assert told(again.stdout) == told(done.stdout)
-
-
-# --- other environments
-
-
-def test_pendulum_trains_and_the_same_seed_gives_the_same_bits(tmp_path):
-    """Two runs of one seed and a third of another."""
-    ends = []
-    sizes = dict(task="Pendulum-v1", learning_starts=20, total_timesteps=60, log_freq=20, action_repeat=20)
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        done = command(flags(seed=seed, exp_name=name, eval_freq=40, eval_episodes=1, **sizes), tmp_path)
-        assert done.returncode == 0, done.stderr
-        directory = tmp_path / "runs" / f"Pendulum-v1__{name}__{seed}"
-        state = bmpc.read_checkpoint(directory)
-        rows = [row for row in metrics(directory) if row[2] != "charts/SPS"]
-        ends.append((rows, [state[part] for part in ("model", "optimizers", "buffer", "draws")]))
-    assert ends[0][0] == ends[1][0] and same(ends[0][1], ends[1][1])
-    assert ends[0][0] != ends[2][0] and not same(ends[0][1][0], ends[2][1][0])
-    assert {"losses/policy", "eval/episodic_return", "charts/episodic_return"} <= {row[2] for row in ends[0][0]}
+    assert {path.name for path in directory.parent.parent.iterdir()} == {"runs", "stdout.0", "stderr.0"}  # no other
 
 
 def test_hopper_learns_from_its_terminations_and_stops_at_the_first_without_episodic(tmp_path):
-    sizes = dict(task="Hopper-v5", learning_starts=60, total_timesteps=120, log_freq=20)
-    done = command(flags(episodic=True, **sizes), tmp_path)
-    assert done.returncode == 0, done.stderr
+    sizes = dict(task="Hopper-v5", learning_starts=60, total_timesteps=120, log_freq=20, iterations=1)
+    learns = runs.Run(tmp_path, flags(episodic=True, **sizes)).wait()
+    stops = runs.Run(tmp_path, flags(seed=2, **sizes)).wait()
+    assert (learns.code, stops.code) == (0, 2), (learns, stops)
     directory = tmp_path / "runs" / "Hopper-v5__bmpc__1"
     rows, state = metrics(directory), bmpc.read_checkpoint(directory)
     assert {"losses/termination", "losses/policy", "charts/episodic_return"} <= {tag for _, _, tag, _ in rows}
     lengths = [value for _, _, tag, value in rows if tag == "charts/episodic_length"]
     assert state["buffer"]["terminated"].sum() == len(lengths) and max(lengths) < 1000  # all of them by falling
-    done = command(flags(seed=2, **sizes), tmp_path)
-    told = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and re.fullmatch("bmpc.py: error: step .*Hopper-v5.*--episodic", told)
+    assert re.fullmatch("bmpc.py: error: step .*Hopper-v5.*--episodic", stops.warned().strip().splitlines()[-1])
     assert not (tmp_path / "runs" / "Hopper-v5__bmpc__2" / "finished.json").exists()
 
 
 # --- episodes and their seeds
+
+
+def test_a_run_stores_true_last_observations_and_only_real_terminations(tmp_path):
+    """Environment 0 is truncated, environment 1 terminates; no window holds a transition that never happened."""
+    envs = FakeEnvs([5, 4], terminal=(1,))
+    args = small_args(episodic=True, total_timesteps=60, learning_starts=60, batch_size=4)
+    buffer = run_loop(args, envs, tmp_path).buffer
+    n = int(buffer.tail)
+    assert n == 6 * 3 + 7 * 2  # of 30 decisions each: 6 episodes of 5; 7 of 4 and an unfinished one of 2
+    batch = buffer.sample((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    env, step = batch.obs[..., 0], batch.obs[..., 1]
+    assert (env == env[0]).all() and (step == step[0] + torch.arange(4)[:, None]).all()
+    assert (batch.obs[..., 2] == batch.obs[0, :, 2]).all()  # one seed, so one episode
+    assert step[-1][env[-1] == 0].max() == 5 and step[-1][env[-1] == 1].max() == 4  # the last observations are there
+    assert torch.equal(batch.terminated, ((env[1:] == 1) & (step[1:] == 4)) * 1.0)
+    torch.testing.assert_close(batch.reward, env[1:] + 0.125 * step[1:])
+    sent = torch.tensor([a.tolist() for a in envs.sent])  # (step, E, A): a row's action is the one sent from its obs
+    assert torch.equal(batch.action.flatten(0, 1), sent.flatten(0, 1)[batch.rows.flatten()])
 
 
 def test_an_episodes_seed_is_made_from_seed_environment_and_episode_alone(tmp_path):

@@ -4,8 +4,6 @@
 """
 
 import ast
-import csv
-import dataclasses
 import difflib
 import importlib
 import io
@@ -16,9 +14,9 @@ import tokenize
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from conftest import FakeEnvs, small_args, start, train
+from runs import differences
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [("bmpc.py", "bmpc_multihead.py"), ("bmpc_multihead.py", "bmpc_dual_policy.py")]
@@ -48,8 +46,7 @@ SEAMS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The files
+# --- the files
 
 
 class Hunk:
@@ -100,12 +97,8 @@ def seam_table(older: str, sibling: str) -> dict[int, tuple[int, int, int]]:
 
 def listed(sibling: str) -> list[int]:
     """The seams that a script's docstring lists, in its order."""
-    return [
-        int(n)
-        for n in re.findall(
-            r"^\s+\[V(\d+)\] ", ast.get_docstring(ast.parse((ROOT / sibling).read_text()), clean=False), re.M
-        )
-    ]
+    text = ast.get_docstring(ast.parse((ROOT / sibling).read_text()), clean=False)
+    return [int(n) for n in re.findall(r"^\s+\[V(\d+)\] ", text, re.M)]
 
 
 @pytest.mark.parametrize("older, sibling", PAIRS)
@@ -127,15 +120,9 @@ def test_the_lines_under_the_seams_did_not_drift(older, sibling):
 
 
 def test_the_headers_list_the_seams_in_order():
-    lists = {sibling: listed(sibling) for _, sibling in PAIRS}
-    found = {sibling: list(dict.fromkeys(h.seam for h in hunks(older, sibling))) for older, sibling in PAIRS}
-    assert (
-        found["bmpc_multihead.py"] == lists["bmpc_multihead.py"] == list(range(1, len(lists["bmpc_multihead.py"]) + 1))
-    )
-    inherited = len(lists["bmpc_multihead.py"])
-    assert lists["bmpc_dual_policy.py"][:inherited] == lists["bmpc_multihead.py"]
-    own = lists["bmpc_dual_policy.py"][inherited:]
-    assert found["bmpc_dual_policy.py"] == own == list(range(inherited + 1, inherited + 1 + len(own)))
+    first, second = (list(dict.fromkeys(h.seam for h in hunks(*pair))) for pair in PAIRS)
+    assert first == listed("bmpc_multihead.py") and first + second == listed("bmpc_dual_policy.py")
+    assert first + second == list(range(1, len(first + second) + 1))
     assert listed("bmpc.py") == [] and not TAG.search((ROOT / "bmpc.py").read_text())
 
 
@@ -179,6 +166,11 @@ def test_ruff_has_nothing_to_say(arguments):
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def load(script: str):
+    """A script as a module."""
+    return importlib.import_module(script.removesuffix(".py"))
+
+
 def fields(script: str) -> dict[str, str]:
     """The fields of Args as they are written: name, type and default."""
     tree = ast.parse((ROOT / script).read_text())
@@ -195,84 +187,18 @@ def test_shared_flags_have_the_same_defaults_and_kinds(older, sibling):
     assert load(sibling).Args().exp_name == sibling.removesuffix(".py")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small runs, in this process and on this CPU
+# --- small runs, in this process and on this CPU
 
 
-def load(script: str):
-    """A script as a module."""
-    return importlib.import_module(script.removesuffix(".py"))
-
-
-SMALL = dict(
-    env_id="fake", device="cpu", compile=False, num_envs=2, action_repeat=1, discount=0.9, learning_starts=20,
-    total_timesteps=120, utd_ratio=0.5, batch_size=8, enc_dim=32, mlp_dim=32, latent_dim=32, num_enc_layers=2, num_q=3,
-    num_bins=21, iterations=2, num_samples=16, num_elites=8, num_pi_trajs=4, reanalyze_interval=5,
-    reanalyze_batch_size=2, eval_freq=60, eval_episodes=2, log_freq=40, checkpoint_freq=0,
-)  # fmt: skip
-OBS, ACTION, LENGTH = 5, 2, 15
-
-
-def small_args(module, **flags):
-    """Arguments of a small run, as fill_in leaves them."""
-    args = module.Args(**SMALL | flags)
-    follows = dict(reanalyze_horizon=args.horizon, reanalyze_log_std_min=args.log_std_min)
-    follows["reanalyze_log_std_max"] = args.log_std_max
-    args = dataclasses.replace(args, **{k: v for k, v in follows.items() if getattr(args, k) is None})
-    module.check_fit(args, module.TaskInfo(OBS, ACTION, LENGTH))
-    return args
-
-
-class FakeEnvs:
-    """A vector of small smooth systems in this process, with the interface of the scripts' Envs."""
-
-    def __init__(self, num_envs: int, terminating: bool = False):
-        self.num_envs, self.terminating = num_envs, terminating
-        rng = np.random.default_rng(0)
-        self.drift, self.push = rng.normal(size=(OBS, OBS)) * 0.3, rng.normal(size=(ACTION, OBS))
-        self.obs, self.steps = np.zeros((num_envs, OBS), np.float32), np.zeros(num_envs, int)
-
-    def reset(self, mask, seeds, **options):
-        for i in np.flatnonzero(mask):
-            self.obs[i], self.steps[i] = np.random.default_rng(seeds[i]).normal(size=OBS), 0
-        return self.obs.copy()
-
-    def step_async(self, action):
-        self.action = action.astype(np.float64)
-
-    def step_wait(self):
-        self.obs = np.tanh(self.obs @ self.drift + self.action @ self.push).astype(np.float32)
-        self.steps += 1
-        reward = 1 - np.square(self.obs[:, 0]).astype(np.float64)
-        truncated = self.steps >= LENGTH
-        terminated = (self.obs[:, 1] > 0.9) & ~truncated if self.terminating else np.zeros(self.num_envs, bool)
-        return self.obs.copy(), reward, terminated, truncated
-
-
-def small_training(module, **flags):
-    """A run at its beginning."""
-    return module.Run(small_args(module, **flags), module.TaskInfo(OBS, ACTION, LENGTH), torch.device("cpu"))
-
-
-def small_run(module, directory: Path, **flags) -> tuple:
-    """A whole run of the script's own loop on FakeEnvs: the Run, rows of metrics.csv but for speeds."""
-    run = small_training(module, **flags)
-    envs = FakeEnvs(run.args.num_envs, run.args.episodic)
-    directory.mkdir(exist_ok=True)
-    module.enter_episodes(run, envs)
-    log = module.Log(directory, 1, 0)
-    assert module.train(run, envs, FakeEnvs(2), log, [], directory) == 0
-    log.flush()
-    with open(directory / "metrics.csv") as file:
-        rows = [(int(r["global_step"]), r["tag"], r["value"]) for r in csv.DictReader(file)]
-    return run, [r for r in rows if r[1] != "charts/SPS"]
-
-
-def state(run) -> dict[str, torch.Tensor]:
-    """Everything that the future of a run depends on, by name."""
-    everything = {k: v for k, v in run.state_dict().items() if k not in ("script", "args")}
-    leaves = torch.utils._pytree.tree_flatten_with_path(everything)[0]
-    return {str(path): x if isinstance(x, torch.Tensor) else torch.tensor(x) for path, x in leaves if x is not None}
+def whole(script, directory, **flags):
+    """A whole run with evaluations: the Run, lines of metrics.csv but for speeds, the actions of evaluations."""
+    sizes = dict(learning_starts=20, total_timesteps=80, utd_ratio=0.5, eval_freq=40, log_freq=20, reanalyze_interval=5)
+    args = small_args(script, **sizes | flags)
+    envs, eval_envs = FakeEnvs([9, 7], terminal=(1,) if args.episodic else ()), FakeEnvs([5, 6])
+    run = start(args, envs, script=script)
+    train(run, envs, directory, eval_envs, script=script)
+    rows = [line for line in (directory / "metrics.csv").read_text().splitlines()[1:] if "SPS" not in line]
+    return run, rows, [action.tolist() for action in eval_envs.sent]
 
 
 FLAGS = {
@@ -292,28 +218,15 @@ FLAGS = {
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_without_the_variants_flags_the_scripts_compute_the_same_bits(flags, tmp_path):
-    """100 decisions after warm-up, 20 pretraining updates and 50 more, 10 reanalyses, evaluations."""
-    (run, rows), *others = [small_run(load(s), tmp_path / s, **FLAGS[flags]) for s in SCRIPTS]
-    assert (run.global_step, run.updates, run.pretrained) == (120, 50, 20)
-    assert sum(tag == "eval/episodic_return" for _, tag, _ in rows) == 2
-    for name, (other, rows2) in zip(SCRIPTS[1:], others, strict=True):
-        mine, theirs = state(run), state(other)
-        assert list(mine) == list(theirs), name
-        different = [k for k in mine if not torch.equal(mine[k], theirs[k])]
-        assert not different, f"{name} with its flags off differs from bmpc.py in {different[:5]}"
-        assert rows == rows2, name
-
-
-def test_the_small_run_learns_and_reanalyzes(tmp_path):
-    """The run above is no idle comparison: weights move, and another reanalyze interval gives other numbers."""
-    module = load("bmpc.py")
-    run, rows = small_run(module, tmp_path / "a")
-    fresh = small_training(module)
-    pairs = zip(run.model.policy.parameters(), fresh.model.policy.parameters(), strict=True)
-    assert all(not torch.equal(a, b) for a, b in pairs)
-    never, _ = small_run(module, tmp_path / "b", reanalyze_interval=0)
-    assert not torch.equal(run.buffer.expert, never.buffer.expert)
-    assert all(float(value) > 0 for _, tag, value in rows if tag == "charts/episodic_return")
+    """60 decisions after warm-up, 20 pretraining updates and 30 more, 6 reanalyses, evaluations."""
+    (run, *told), *others = [whole(load(name), tmp_path / name, **FLAGS[flags]) for name in SCRIPTS]
+    assert (run.global_step, run.updates, run.pretrained) == (80, 30, 20)
+    assert sum("eval/episodic_return" in line for line in told[0]) == 2
+    expert = run.buffer.expert[:10]
+    assert (expert[:, :, 0] != 0).any()  # of warm-up rows, N(0, 1) until reanalyze
+    for name, (other, *others_told) in zip(SCRIPTS[1:], others, strict=True):
+        mine, theirs = (x.state_dict() | {"script": "", "args": {}} for x in (run, other))
+        assert differences(mine, theirs) == [] and told == others_told, name
 
 
 if __name__ == "__main__":

@@ -16,65 +16,77 @@ import torch
 from conftest import CPU, ROOT, TASK, FakeEnvs, generator, make_batch, make_model, small_args, start, train
 
 import bmpc
+import bmpc_dual_policy
+import bmpc_multihead
 
 META = torch.device("meta")
 ALL_FLAGS = dict(
     td_target_use_ema_policy=True, policy_trust_region_coef=0.1, num_rollouts=2, encoder_consistency_coef=0.1,
     imagine_initial_source="replay_true", initial_expert_from_behavior=False, episodic=True, entropy_coef=1e-4,
 )  # fmt: skip
+HEADS = dict(planner_num_dynamics_heads=2, planner_value_std_coef_train=0.7, local_td_bootstrap=True, td_horizon=2)
 
 
 # --- against the plain version
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_a_fast_plan_equals_the_plain_one(dtype, close):
-    torch.set_default_dtype(dtype)
-    try:
-        args = small_args(num_samples=64, num_elites=16)
-        model, rng = make_model(args, std=0.1), generator()
-        z, draws = torch.rand(5, args.latent_dim, generator=rng), bmpc.draw_plan(args, 5, 2, args.horizon, rng)
-        mean = 0.1 * torch.randn(5, args.horizon, 2, generator=rng)
-        plans = [plan(model, model.policy, z, mean, draws, args) for plan in (bmpc.plan, plain.plan)]
-        for x, y in zip(*plans, strict=True):
-            torch.testing.assert_close(x, y, atol=close, rtol=close)
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_a_fast_plan_equals_the_plain_one(double):
+    args = small_args(num_samples=64, num_elites=16)
+    model, rng = make_model(args, std=0.1), generator()
+    z, draws = torch.rand(5, args.latent_dim, generator=rng), bmpc.draw_plan(args, 5, 2, args.horizon, rng)
+    mean = 0.1 * torch.randn(5, args.horizon, 2, generator=rng)
+    plans = [plan(model, model.policy, z, mean, draws, args) for plan in (bmpc.plan, plain.plan)]
+    for x, y in zip(*plans, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
 
 
 # --- one graph each, compiled once
 
 
-def everything(functions, args, device, steps=2):
+def everything(functions, args, device, steps=2, script=bmpc):
     """`steps` decisions of every environment, with updates and reanalyze, without simulators: the run."""
-    run, E, obs_dim = bmpc.Run(args, TASK, device), args.num_envs, TASK.obs_dim
+    run, E, obs_dim = script.Run(args, TASK, device), args.num_envs, TASK.obs_dim
     run.functions = functions
     draw = lambda *shape: torch.rand(*shape, generator=generator(len(shape))).to(device)
     for step in range(args.horizon + steps):
         if step < args.horizon:
-            acted = *bmpc.act_randomly(args, TASK.action_dim, run.draws["collect"]), run.mean
+            acted = *script.act_randomly(args, TASK.action_dim, run.draws["collect"]), run.mean
         else:
-            acted, metrics = bmpc.act(functions.plan, run.model, run.obs, run.mean, args, run.draws)
+            acted, metrics = script.act(functions.plan, run.model, run.obs, run.mean, args, run.draws)
             run.measure(metrics)
-            bmpc.learn(run, pretraining=step == args.horizon)
+            script.learn(run, pretraining=step == args.horizon)
         action, expert, mean = (x.to(device) for x in acted)
         run.buffer.add(run.obs, action, expert, draw(E), draw(E), draw(E, obs_dim), draw(E) > 0.8)
-        run.obs, run.mean = draw(E, obs_dim), bmpc.shift(mean)
+        run.obs, run.mean = draw(E, obs_dim), script.shift(mean)
     return run
 
 
-def compiled_with(backend):
-    return bmpc.Functions(*(torch.compile(f, fullgraph=True, dynamic=False, backend=backend) for f in bmpc.Functions()))
+def compiled_with(backend, script, *names):
+    """The script's functions, of which these are compiled."""
+    options = dict(fullgraph=True, dynamic=False, backend=backend)
+    return script.Functions(**{name: torch.compile(getattr(script.Functions(), name), **options) for name in names})
 
 
-def test_each_function_is_one_graph_that_is_compiled_once():
+COMPILED = {  # what a sibling changed, with its flags; plans for acting and for reanalyze are of one shape
+    "bmpc": (bmpc, ["plan", "world_model_loss", "policy_loss"], {}),
+    "multihead": (bmpc_multihead, ["plan", "world_model_loss"], HEADS | dict(reanalyze_value_std_coef=0.7)),
+    "dual": (bmpc_dual_policy, ["policy_loss"], HEADS | dict(dual_policy_enabled=True, policy_value_std_coef=-0.3)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_each_function_is_one_graph_that_is_compiled_once(name):
     torch._dynamo.reset()
-    args = small_args(reanalyze_interval=1, **ALL_FLAGS, num_samples=16, iterations=2, extra_iterations=0, horizon=2)
-    functions = compiled_with("aot_eager")
-    everything(functions, args, CPU, steps=3)
+    script, names, own = COMPILED[name]
+    sizes = dict(
+        num_samples=16, iterations=2, extra_iterations=0, horizon=2, num_envs=2, reanalyze_batch_size=1, num_q=2
+    )
+    args = small_args(script, reanalyze_interval=1, **ALL_FLAGS, **sizes, **own)
+    functions = compiled_with("aot_eager", script, *names)
+    everything(functions, args, CPU, 2, script)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        run = everything(functions, args, CPU, steps=3)
-    eager = everything(bmpc.Functions(), args, CPU, steps=3)
+        run = everything(functions, args, CPU, 3, script)
+    eager = everything(script.Functions(), args, CPU, 3, script)
     for (name, x), y in zip(run.model.named_parameters(), eager.model.parameters(), strict=True):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3, msg=name)
 
@@ -84,7 +96,8 @@ def test_compiled_equals_eager_under_the_same_draws():
     torch._dynamo.reset()
     backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
     args = small_args(horizon=2, iterations=2, num_samples=16)
-    model, batch, functions = make_model(args, std=0.1), make_batch(args), compiled_with(backend)
+    model, batch = make_model(args, std=0.1), make_batch(args)
+    functions = compiled_with(backend, bmpc, "plan", "world_model_loss")
     draws = bmpc.draw_plan(args, 3, TASK.action_dim, args.horizon, generator())
     z, mean = torch.rand(3, args.latent_dim, generator=generator()), torch.zeros(3, args.horizon, TASK.action_dim)
     plans = [plan(model, model.policy, z, mean, draws, args) for plan in (functions.plan, bmpc.plan)]
@@ -136,10 +149,9 @@ def meta(monkeypatch):
     monkeypatch.setattr(bmpc, "make_generator", lambda seed, name, device: generator(seed))
 
 
-@pytest.mark.parametrize("flags", [{}, ALL_FLAGS], ids=["defaults", "flags"])
-def test_acting_learning_and_sampling_never_read_the_device(meta, flags):
-    """Also once the ring is full: windows leave."""
-    args = small_args(reanalyze_interval=1, iterations=1, buffer_size=10, **flags)
+def test_acting_learning_and_sampling_never_read_the_device(meta):
+    """With every flag; also once the ring is full: windows leave."""
+    args = small_args(reanalyze_interval=1, iterations=1, buffer_size=10, **ALL_FLAGS)
     run = everything(bmpc.Functions(), args, META, steps=4)
     assert run.updates == 3 and run.pretrained == 1 and run.buffer.step > run.buffer.capacity
     assert all(x.device == META for x in run.model.state_dict().values())
@@ -196,16 +208,8 @@ def test_throughput_prints_its_table():
     command = [sys.executable, str(ROOT / "tests" / "throughput.py"), "--small", "--runs", "1", "--modes", "eager"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    rows = [
-        "act, 1 env",
-        "act, 4 env",
-        "act, 16 env",
-        "reanalyze, 60 states",
-        "update ",
-        "4 updates",
-        "update, num_rollouts 4",
-    ]
-    for row in rows:
+    rows = ["act, 1 env", "act, 4 env", "act, 16 env", "reanalyze, 60 states", "update ", "4 updates"]
+    for row in [*rows, "update, num_rollouts 4", "update, 2 policies"]:
         assert re.search(rf"^{row}.* ms .*share", ran.stdout, re.MULTILINE), row
     assert "sample 256 windows of 1M rows" in ran.stdout and "loop, one decision" in ran.stdout
 

@@ -57,7 +57,8 @@ class Bench:
 
     def __init__(self, options):
         self.options, self.device = options, torch.device(options.device)
-        self.square = torch.randn(2048, 2048, device=self.device)
+        self.size = 128 if options.small else 2048
+        self.square = torch.randn(self.size, self.size, device=self.device)
 
     def seconds(self, function):
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
@@ -69,7 +70,7 @@ class Bench:
 
     def peak(self):
         """The rate of a large matrix product, FLOP/s."""
-        return 2 * 2048**3 / min(self.seconds(lambda: torch.mm(self.square, self.square)) for _ in range(10))
+        return 2 * self.size**3 / min(self.seconds(lambda: torch.mm(self.square, self.square)) for _ in range(10))
 
     def time(self, name, mode, function, work=0.0):
         """Prints a row; `work` in FLOPs."""
