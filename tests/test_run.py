@@ -175,3 +175,23 @@ def test_metrics_are_the_means_of_all_updates_of_an_interval():
     run.measure({"kl_scale": torch.tensor(math.nan)})
     with pytest.raises(bmpc.Failed, match="kl_scale is not finite"):
         run.means()
+
+
+def test_where_there_is_no_terminal_a_bar_is_a_plain_line_every_half_minute(capsys):
+    bar = bmpc.Bar("pretraining", 500)
+    now = [bar.start_t]
+    bar._time = lambda: now[0]
+    for _ in range(400):  # a minute and a third
+        now[0] += 0.2
+        bar.update()
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"(\d+)/500", line)[1] for line in lines] == ["0", "150", "300"], lines
+
+
+def test_a_compiled_function_tells_when_it_compiles(capsys):
+    call = bmpc.announced(torch.square)
+    for x in (torch.ones(4), torch.ones(4), torch.ones(5), torch.ones(4)):
+        assert torch.equal(call(x), x)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["compiling", "compiled"] * 2
