@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -559,9 +559,11 @@ class Layer(nn.Module):
     def forward(self, x, a, keep, heads):
         """The layer on x, or on the concatenation [x, a]; `keep`: the dropout mask over the probability to keep.
 
-        The product with [x, a] is the sum of two, so what many rows share (the latent state of all candidates at t = 0)
-        is multiplied once: the leading dimensions of x and a need only broadcast.
+        The leading dimensions of x and a need only broadcast. Where they differ the product with [x, a] is the sum of
+        two: what many rows share (the latent state of all candidates at t = 0) is multiplied once.
         """
+        if a is not None and a.shape[:-1] == x.shape[:-1]:
+            x, a = torch.cat([x, a], -1), None
         weight, bias, split = self.weight[heads], self.bias[heads], x.shape[-1]
         x = stacked_linear(x, weight[:, :split], bias)
         if a is not None:
@@ -657,81 +659,77 @@ def imagine(model, z, act, steps, value, args):
 
 
 class Batch(NamedTuple):
-    """B windows of T + 1 observations with the T rows between them; `rows` are their places in the buffer."""
+    """B windows of T rows of one episode; `place` is where they are in the buffer."""
 
-    obs: Tensor  # (T+1, B, O)
+    obs: Tensor  # (T, B, O)
     action: Tensor  # (T, B, A)
+    expert: Tensor  # (T, B, 2, A) mean and std
     reward: Tensor  # (T, B)
     terminated: Tensor  # (T, B)
-    expert: Tensor  # (T, B, 2, A) mean and std
-    rows: Tensor  # (T, B) int64, step * E + environment
+    next_obs: Tensor  # (T, B, O)
+    place: Tensor  # (T, B) int64, step * E + environment
 
 
 class ReplayBuffer:
     """A ring of C steps on the device. A row is a decision of one environment, a step the rows of all E.
 
-    `window` lists the first row of every window, T consecutive rows of one episode, finished or not. A window enters
+    The host lists the first row of every window: T consecutive rows of one episode, finished or not. A window enters
     when its last row does and leaves when its first is overwritten, so they leave in the order in which they came.
     """
 
     def __init__(self, args, task, device):
-        E, C = args.num_envs, args.buffer_size // args.num_envs
+        E, C, A = args.num_envs, args.buffer_size // args.num_envs, task.action_dim
         self.horizon, self.capacity = args.horizon, C
-        zeros = lambda *shape: torch.from_numpy(np.zeros((C, E, *shape), np.float32)).to(device)  # lazily on a CPU
-        count = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
-        self.obs, self.next_obs = zeros(task.obs_dim), zeros(task.obs_dim)
-        self.action, self.expert = zeros(task.action_dim), zeros(2, task.action_dim)
-        self.reward, self.terminated = zeros(), zeros()
-        self.window = count(C + 1, E)  # a ring of C * E; the last row is nowhere
-        self.entered = count(C + 1, 1)  # windows that had entered with each step
-        self.tail = count()  # windows that entered so far
-        self.age = count(E)  # decisions of the episodes under way
-        self.step = 0  # steps stored so far
+        self.widths = [task.obs_dim, A, 2 * A, 1, 1, task.obs_dim]  # in the order of Batch
+        self.rows = torch.from_numpy(np.zeros((C, E, sum(self.widths)), np.float32)).to(device)  # lazily on a CPU
+        self.window = np.zeros((C, E), np.int64)  # a ring of C * E
+        self.age = np.zeros(E, np.int64)  # decisions of the episodes under way
+        self.step, self.entered, self.left = 0, 0, 0  # steps stored, windows entered and left so far
+
+    def columns(self, rows, place=None):
+        """Rows (..., D) as a Batch."""
+        obs, action, expert, reward, terminated, next_obs = rows.split(self.widths, -1)
+        expert = expert.unflatten(-1, (-1, action.shape[-1]))
+        return Batch(obs, action, expert, reward.squeeze(-1), terminated.squeeze(-1), next_obs, place)
 
     def add(self, obs, action, expert, reward, terminated, next_obs, ended):
-        """Stores a step: (E, O), (E, A), (E, 2, A), (E,), (E,), the true next observation (E, O), the end (E,)."""
+        """Stores a step: (E, O), (E, A), (E, 2, A), (E,), (E,), the true next obs (E, O), on the host (E,)."""
         T, C, E = self.horizon, self.capacity, len(self.age)
-        at = self.step % C
-        self.obs[at], self.action[at], self.expert[at], self.next_obs[at] = obs, action, expert, next_obs
-        self.reward[at], self.terminated[at] = reward, terminated
-        self.age = self.age + 1
-        complete = self.age >= T  # (E,) where a window enters
-        slot = torch.where(complete, (self.tail + complete.cumsum(0) - 1) % (C * E), C * E)
-        self.window.view(-1)[slot] = (self.step + 1 - T) % C * E + torch.arange(E, device=slot.device)
-        self.tail = self.tail + complete.sum()
-        self.entered[self.step % (C + 1)] = self.tail
-        self.age = torch.where(ended, 0, self.age)
+        row = [obs, action, expert.flatten(1), reward[:, None], terminated[:, None], next_obs]
+        torch.cat(row, 1, out=self.rows[self.step % C])
+        while self.left < self.entered and self.window.flat[self.left % (C * E)] // E == self.step % C:
+            self.left += 1
+        self.age += 1
+        first = (self.step + 1 - T) % C * E + np.flatnonzero(self.age >= T)  # rows of the windows that enter
+        self.window.flat[(self.entered + np.arange(len(first))) % (C * E)] = first
+        self.entered += len(first)
+        self.age[ended] = 0
         self.step += 1
 
     def sample(self, u):
-        """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), float64."""
+        """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), on the host."""
         T, C, E = self.horizon, self.capacity, len(self.age)
-        left = self.entered[(self.step - C + T - 2) % (C + 1)] if self.step > C else 0
-        k = left + (u * (self.tail - left)).long()  # (B,)
-        first = self.window.view(-1)[k % (C * E)]
-        rows = (first + E * torch.arange(T, device=u.device)[:, None]) % (C * E)  # (T, B)
-        of = lambda x: x.flatten(0, 1)[rows]
-        obs = torch.cat([of(self.obs)[:1], of(self.next_obs)])
-        return Batch(obs, of(self.action), of(self.reward), of(self.terminated), of(self.expert), rows)
+        k = self.left + (u * (self.entered - self.left)).astype(np.int64)
+        first = self.window.flat[k % (C * E)]  # (B,)
+        place = to_device((first + E * np.arange(T)[:, None]) % (C * E), self.rows.device)  # (T, B)
+        return self.columns(self.rows.flatten(0, 1)[place], place)
 
     def unfinished_actions(self):
         """By environment, the actions (n, A) of the episode under way, if the ring still holds all of it."""
         last = lambda n: [step % self.capacity for step in range(self.step - n, self.step)]
-        ages = enumerate(self.age.tolist())
-        return {env: to_host(self.action[last(n), env]) for env, n in ages if 0 < n <= self.capacity}
-
-    def written(self):
-        """By name, the parts of all tensors that were ever written to."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return {name: x[: self.step] if x.dim() > 1 else x for name, x in tensors.items()}
+        actions, ages = self.columns(self.rows).action, enumerate(self.age)
+        return {env: to_host(actions[last(n), env]) for env, n in ages if 0 < n <= self.capacity}
 
     def state_dict(self):
-        return {"step": self.step} | {name: x.to("cpu", copy=True) for name, x in self.written().items()}
+        """All that was ever written to."""
+        window, age = self.window[: self.step].copy(), self.age.copy()
+        state = {"counts": [self.step, self.entered, self.left], "rows": self.rows[: self.step].to("cpu", copy=True)}
+        return state | {"window": torch.from_numpy(window), "age": torch.from_numpy(age)}
 
     def load_state_dict(self, state):
-        self.step = state["step"]
-        for name, x in self.written().items():
-            x.copy_(state[name])
+        self.step, self.entered, self.left = state["counts"]
+        self.rows[: self.step].copy_(state["rows"])
+        self.window[: self.step], self.age[:] = state["window"], state["age"]
 
 
 # --- Planner: MPPI in latent space ------------------------------------------------------------------------------------
@@ -767,19 +765,22 @@ def draw_plan(args, states, action_dim, horizon, generator):
 
 
 def propose(model, policy, z, eps, args):
-    """Action sequences of the policy, rolled through the model: z (S, L), eps (S, P, T, A) -> (S, P, T, A)."""
-    z, actions = z[None, :, None], []  # (1, S, 1, L)
-    for t in range(eps.shape[2]):
+    """Sequences of the policy, z (S, L), eps (S, P, T, A) -> (S, P, T, A), and what `imagine` expects of them."""
+    actions = []
+
+    def act(t, z):
         actions.append(sample_action(policy, z[0], eps[:, :, t], args))  # (S, P, A)
-        if t + 1 < eps.shape[2]:
-            z = model.dynamics(z, actions[t][None])  # (H, S, P, L)
-    return torch.stack(actions, 2)
+        return actions[t][None]
+
+    expected = imagine(model, z[None, :, None], act, eps.shape[2], model.value, args)
+    return torch.stack(actions, 2), expected
 
 
 def estimate_return(model, z, actions, args):
     """`imagine` with action sequences: z (S, L), actions (S, N, T, A) -> (H, S, N), (Q, H, S, N)."""
-    chosen = lambda t, z: actions[None, :, :, t]  # (1, S, N, A)
-    return imagine(model, z[None, :, None], chosen, actions.shape[2], model.value, args)  # at t = 0 all share z
+    steps = actions.movedim(2, 0).contiguous()  # (T, S, N, A)
+    chosen = lambda t, z: steps[None, t]  # (1, S, N, A)
+    return imagine(model, z[None, :, None], chosen, len(steps), model.value, args)  # at t = 0 all share z
 
 
 def score(rewards, values):
@@ -812,39 +813,35 @@ def refine(model, z, mean, std, proposals, proposal_scores, noise, args):
 
 
 @torch.no_grad()
-def plan(model, policy, z, mean, draws, args):
-    """Plans for S states at once (MPPI with policy proposals, as in TD-MPC2).
+def plan(model, policy, obs, mean, draws, args):
+    """Plans for S observations at once (MPPI with policy proposals, as in TD-MPC2).
 
-    z (S, L); mean (S, T, A): the previous plan's, shifted, or zero. The same function acts, evaluates and reanalyzes.
+    obs (S, O); mean (S, T, A): the previous plan's, shifted, or zero. The same function acts, evaluates and reanalyzes.
     """
-    S, P, T, A = draws.proposals.shape
-
     # Policy proposals: candidates of every iteration, scored once
-    proposals = propose(model, policy, z, draws.proposals, args)
-    proposal_scores = score(*estimate_return(model, z, proposals, args))
+    z, std = model.encoder(obs), torch.full_like(mean, args.max_std)  # (S, L), (S, T, A)
+    proposals, expected = propose(model, policy, z, draws.proposals, args)
+    proposal_scores = score(*expected)
 
-    std = torch.full((S, T, A), args.max_std, device=z.device, dtype=z.dtype)
     for noise in draws.samples.unbind(1):
         mean, std, elites, elite_scores, weights = refine(model, z, mean, std, proposals, proposal_scores, noise, args)
 
     # Draw an elite by its weight (Gumbel trick); training adds noise to its first action
     gumbel = -torch.log(-torch.log(draws.elite))
     chosen = (weights.log() + gumbel).argmax(1)  # (S,)
-    first = elites[torch.arange(S, device=z.device), chosen, 0]  # (S, A)
+    first = elites[torch.arange(len(z), device=z.device), chosen, 0]  # (S, A)
     action = (first + std[:, 0] * draws.noise).clamp(-1, 1)
     return Plan(action, first, elites[:, 0, 0], mean, std[:, 0], elite_scores.gather(1, chosen[:, None])[:, 0])
 
 
-def plan_in_chunks(plan, model, policy, z, mean, draws, args):
+def plan_in_chunks(plan, model, policy, obs, mean, draws, args):
     """`plan`, on a CPU for a few states at a time: about 2048 rollouts, and what is made of them, fit its cache."""
-    states = len(z) if z.device.type != "cpu" else max(1, 2048 // args.num_samples)
-    pieces = [x.tensor_split(math.ceil(len(z) / states)) for x in (z, mean, *draws)]
-    plans = []
-    for z, mean, *draws in zip(*pieces, strict=True):
-        if z.is_cuda:  # the next replay of a CUDA graph overwrites what the last one returned: it is cloned
-            torch.compiler.cudagraph_mark_step_begin()
-        plans.append([x.clone() for x in plan(model, policy, z, mean, PlanDraws(*draws), args)])
-    return Plan(*map(torch.cat, zip(*plans, strict=True)))
+    states = len(obs) if obs.device.type != "cpu" else max(1, 2048 // args.num_samples)
+    pieces = [x.tensor_split(math.ceil(len(obs) / states)) for x in (obs, mean, *draws)]
+    if obs.is_cuda:  # the next replay of a CUDA graph overwrites what this one returns: torch.cat copies it
+        torch.compiler.cudagraph_mark_step_begin()
+    piece = lambda obs, mean, *draws: plan(model, policy, obs, mean, PlanDraws(*draws), args)
+    return Plan(*map(torch.cat, zip(*map(piece, *pieces), strict=True)))
 
 
 def shift(mean):
@@ -866,13 +863,13 @@ def act_randomly(args, action_dim, generator):
 @torch.no_grad()
 def act(plan, model, obs, mean, args, draws):
     """Plans on obs (E, O), starting from mean (E, T, A). Returns action (E, A), expert (E, 2, A), mean; metrics."""
-    z, (E, T, A) = model.encoder(obs), mean.shape
+    E, T, A = mean.shape
     noise = draw_plan(args, E, A, T, draws["collect"])
-    acting = plan_in_chunks(plan, model, model.policy, z, mean, noise, args)
+    acting = plan_in_chunks(plan, model, model.policy, obs, mean, noise, args)
     expert = make_expert(acting, acting.action if args.chosen_action_noise else acting.elite, args)
     if not args.initial_expert_from_behavior:
         noise = draw_plan(args, E, A, T, draws["expert"])
-        separate = plan_in_chunks(plan, model, model.policy, z, torch.zeros_like(mean), noise, args)
+        separate = plan_in_chunks(plan, model, model.policy, obs, torch.zeros_like(mean), noise, args)
         expert = make_expert(separate, separate.elite, args)
     metrics = {"planner/elite_std": acting.std.mean(), "planner/value": acting.value.mean()}
     metrics["planner/executed_minus_mean"] = (acting.action - acting.mean[:, 0]).abs().mean()
@@ -882,35 +879,32 @@ def act(plan, model, obs, mean, args, draws):
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
-def dropout_mask(shape, p, generator):
-    """Each element independently 0 with probability p > 0, else 1 / (1 - p).
+def dropout_mask(shape, p, u):
+    """Each element independently 0 with probability p, else 1 / (1 - p), by uniform numbers u, float64.
 
-    From one dropped element to the next the gap is geometric, so about n p numbers are drawn and not n. They are more
-    than it takes, by ten standard deviations; the gaps that lead beyond the end drop a spare element there.
+    From one dropped element to the next the gap is geometric, so about n p numbers are needed and not n. The gaps that
+    lead beyond the end drop a spare element there.
     """
     n = math.prod(shape)
-    most = math.ceil(n * p + 10 * math.sqrt(n * p) + 10)
-    u = torch.rand(most, generator=generator, device=generator.device, dtype=torch.float64)
     gaps = 1 + (torch.log1p(-u) / math.log1p(-p)).clamp(max=n).long()  # geometric, by inversion
     dropped = (gaps.cumsum(0) - 1).clamp(max=n)
-    return torch.full((n + 1,), 1 / (1 - p), device=u.device).index_fill_(0, dropped, 0.0)[:n].view(shape)
+    return torch.full((n + 1,), 1 / (1 - p), device=u.device).scatter(0, dropped, 0.0)[:n].view(shape)
 
 
 class UpdateDraws(NamedTuple):
     """Every random number of an update but those of its reanalyze."""
 
-    window: Tensor  # (B,) uniform, float64
     td: Tensor  # (R, td_horizon, T, B, A) normal
-    keep: Tensor | None  # (Q, T, B, mlp_dim) dropout mask over the probability to keep
+    dropout: Tensor  # uniform, float64: as many as the mask takes, by ten standard deviations
 
 
 def draw_update(args, action_dim, generator):
     """The random numbers of one update."""
-    T, B, device = args.horizon, args.batch_size, generator.device
-    window = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
-    td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, generator=generator, device=device)
-    mask = (args.num_q, T, B, args.mlp_dim)
-    return UpdateDraws(window, td, dropout_mask(mask, args.dropout, generator) if args.dropout > 0 else None)
+    T, B, on = args.horizon, args.batch_size, {"generator": generator, "device": generator.device}
+    td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, **on)
+    drops = args.num_q * T * B * args.mlp_dim * args.dropout  # to be expected
+    dropout = torch.rand(math.ceil(drops + 10 * math.sqrt(drops) + 10), dtype=torch.float64, **on)
+    return UpdateDraws(td, dropout)
 
 
 @torch.no_grad()
@@ -934,7 +928,7 @@ def world_model_loss(model, batch, draws, args):
     true_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
     first = model.encoder(batch.obs[0])  # (B, L)
     with torch.set_grad_enabled(true_needs_grad and torch.is_grad_enabled()):
-        z_true = torch.cat([first[None], model.encoder(batch.obs[1:])])  # (T+1, B, L)
+        z_true = torch.cat([first[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
 
     # Rollout: z_0 is encoded, the rest predicted
     zs = [first[None]]  # (1, B, L), then (H, B, L)
@@ -954,7 +948,9 @@ def world_model_loss(model, batch, draws, args):
     policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
     y = td_target(model, policy, origin.detach(), draws.td, args)  # (Q or 1, R, T, B)
     target = two_hot(y, args).mean(1)  # (Q or 1, T, B, K); the cross-entropy is linear in it
-    value_logits = model.value(start[None], keep=draws.keep)  # (Q, T, B, K)
+    mask = (args.num_q, T, len(first), args.mlp_dim)
+    keep = dropout_mask(mask, args.dropout, draws.dropout) if args.dropout > 0 else None
+    value_logits = model.value(start[None], keep=keep)  # (Q, T, B, K)
     value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
     terms = [
@@ -1020,18 +1016,23 @@ def policy_loss(model, z, expert, args):
 
 def make_optimizers(model, args):
     """The world model's Adam (encoder, dynamics, reward, values, termination) and the policy's."""
-    groups = [(model.encoder, args.lr * args.enc_lr_scale), (model.dynamics, args.lr)]
-    groups += [(network, args.lr) for network in (model.reward, model.value, model.termination) if network]
+    others = (model.dynamics, model.reward, model.value, model.termination)
+    groups = [(model.encoder, args.lr * args.enc_lr_scale)] + [(network, args.lr) for network in others if network]
     device = model.kl_scale.device.type
     fast = dict(fused=device in ("cpu", "cuda"), capturable=device == "cuda")
-    world = torch.optim.Adam([dict(params=network.parameters(), lr=lr) for network, lr in groups], **fast)
+    by_lr = {}  # each of Adam's groups is a launch
+    for network, lr in groups:
+        by_lr.setdefault(lr, []).extend(network.parameters())
+    world = torch.optim.Adam([dict(params=parameters, lr=lr) for lr, parameters in by_lr.items()], **fast)
     return world, torch.optim.Adam(model.policy.parameters(), lr=args.lr, eps=1e-5, **fast)
 
 
 def descend(loss, optimizer, args):
     """One step of Adam along the gradient of the loss, clipped. Returns the gradient's norm before clipping."""
     loss.backward()
-    norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.grad_clip_norm)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm(gradients)
+    torch._foreach_div_(gradients, (norm / args.grad_clip_norm).clamp(min=1.0))
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -1063,7 +1064,8 @@ def compiled(args, device):
         say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
-    options = {"triton.cudagraphs": args.cudagraphs and device.type == "cuda"}
+    on_cuda = device.type == "cuda"  # there a launch is what costs: combo kernels are independent ones in one launch
+    options = {"triton.cudagraphs": args.cudagraphs and on_cuda, "combo_kernels": on_cuda}
     return Functions(
         *(announced(torch.compile(f, fullgraph=True, dynamic=False, options=options)) for f in Functions())
     )
@@ -1091,18 +1093,19 @@ def announced(function):
 def reanalyze(plan, model, buffer, batch, args, generator):
     """Plans the first windows' states anew (BMPC: lazy reanalyze).
 
-    The new experts replace the old ones in the buffer and in the returned batch.
+    The new experts replace the old ones in the buffer and in the batch.
     """
     W, T = args.reanalyze_batch_size, args.horizon
-    first = lambda x: x[:T, :W].flatten(0, 1)  # (T * W, ...)
-    z = model.encoder(first(batch.obs))
+    obs, place = batch.obs[:, :W].flatten(0, 1), batch.place[:, :W].flatten()  # (T * W, O), (T * W,)
     draws = draw_plan(args, T * W, batch.action.shape[-1], args.reanalyze_horizon, generator)
     start = torch.zeros_like(draws.samples[:, 0, 0])
     wider = dataclasses.replace(args, log_std_min=args.reanalyze_log_std_min, log_std_max=args.reanalyze_log_std_max)
-    new = plan_in_chunks(plan, model, model.policy, z, start, draws, wider)
-    experts, rows = buffer.expert.flatten(0, 1), first(batch.rows)
-    experts[rows] = make_expert(new, new.elite, args)  # (T * W, 2, A); of a row that occurs twice one remains
-    return batch._replace(expert=torch.cat([experts[rows].unflatten(0, (T, W)), batch.expert[:, W:]], 1))
+    new = plan_in_chunks(plan, model, model.policy, obs, start, draws, wider)
+    rows = buffer.rows.flatten(0, 1)
+    renewed = rows[place]
+    buffer.columns(renewed).expert.copy_(make_expert(new, new.elite, args))  # (T * W, 2, A)
+    rows[place] = renewed  # of a row that occurs twice one plan remains
+    batch.expert[:, :W] = buffer.columns(rows[batch.place[:, :W]]).expert
 
 
 def update(functions, model, optimizers, batch, draws, args, pretraining):
@@ -1157,13 +1160,13 @@ def play(run, envs, planning, stop, film):
             return None
         if args.capture_video and planning and episode[0] == 0:
             film.append(envs.call("picture")[0])
-        z = model.encoder(to_device(obs, mean.device))
+        seen = to_device(obs, mean.device)
         if planning:
             draws = draw_plan(args, W, mean.shape[2], args.horizon, generator)
-            acting = plan_in_chunks(run.functions.plan, model, model.policy, z, mean, draws, args)
+            acting = plan_in_chunks(run.functions.plan, model, model.policy, seen, mean, draws, args)
             action, mean = acting.elite if args.eval_sample_elite else acting.best, shift(acting.mean)
         else:
-            action, _ = policy_gaussian(model.policy, z, args)
+            action, _ = policy_gaussian(model.policy, model.encoder(seen), args)
         envs.step_async(to_host(action))
         obs, reward, terminated, truncated = envs.step_wait()
         returns[episode[playing]] += reward[playing]
@@ -1225,8 +1228,9 @@ class Run:
     def measure(self, values):
         """Adds to the metrics: sums on the device, which cross to the host together, once per log interval."""
         names = tuple(values)
-        total, count = self.metrics.get(names, (0.0, 0))
-        self.metrics[names] = total + torch.stack(list(values.values())), count + 1
+        total, count = self.metrics.get(names) or (torch.zeros(len(names), device=self.obs.device), 0)
+        torch._foreach_add_(total.unbind(), list(values.values()))
+        self.metrics[names] = total, count + 1
 
     def means(self):
         """The means of the metrics. Raises Failed if one is not finite."""
@@ -1439,12 +1443,12 @@ def learn(run, pretraining):
     """One update, with its reanalyze if that is due."""
     args, generator = run.args, run.draws["learn"]
     draws = draw_update(args, run.mean.shape[2], generator)
-    batch = run.buffer.sample(draws.window)
+    batch = run.buffer.sample(np.random.default_rng([args.seed, run.pretrained, run.updates]).random(args.batch_size))
     run.pretrained += pretraining
     run.updates += not pretraining
     if not pretraining and args.reanalyze_interval and run.updates % args.reanalyze_interval == 0:
         with record_function("reanalyze"):
-            batch = reanalyze(run.functions.plan, run.model, run.buffer, batch, args, generator)
+            reanalyze(run.functions.plan, run.model, run.buffer, batch, args, generator)
     with record_function("update"):
         run.measure(update(run.functions, run.model, run.optimizers, batch, draws, args, pretraining))
 
@@ -1465,12 +1469,11 @@ def store(run, envs, action, expert, mean):
         run.episode += torch.from_numpy(ended)
         run.returns[ended], run.lengths[ended] = 0.0, 0
         obs = np.where(ended[:, None], begin_episodes(run, envs, ended), obs)
-    columns = np.column_stack([next_obs, obs, reward, terminated, ended]).astype(np.float32)
-    rows = to_device(columns, run.obs.device)  # the one copy to the device of a vector step
-    next_obs, obs, rest = rows.tensor_split([obs.shape[1], 2 * obs.shape[1]], 1)
-    reward, terminated, ended = rest.unbind(1)
-    run.buffer.add(run.obs, action, expert, reward, terminated, next_obs, ended > 0)
-    run.obs, run.mean = obs, torch.where(ended[:, None, None] > 0, 0.0, shift(mean))
+    parts = [x.ravel() for x in (obs, next_obs, reward, terminated, ~ended)]
+    whole = to_device(np.concatenate(parts, dtype=np.float32), run.obs.device)  # the one copy of a vector step
+    obs, next_obs, reward, terminated, goes_on = whole.split([x.size for x in parts])
+    run.buffer.add(run.obs, action, expert, reward, terminated, next_obs.view_as(run.obs), ended)
+    run.obs, run.mean = obs.view_as(run.obs), shift(mean) * goes_on[:, None, None]
 
 
 def tell_hours(args, speed):
@@ -1489,7 +1492,7 @@ def train(run, envs, eval_envs, log, stop, directory):
     while True:
         # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
         if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop:
-            if not run.buffer.tail:
+            if not run.buffer.entered:
                 raise Refused(f"warm-up held no {args.horizon} decisions of one episode; raise --learning-starts")
             with Bar("pretraining", args.learning_starts, run.pretrained) as pretraining:
                 while run.pretrained < args.learning_starts and not stop:
@@ -1635,6 +1638,7 @@ def choose_device(args):
         ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # whatever is made is written before it is read
     return device
 
 

@@ -75,13 +75,15 @@ def make_batch(args, task=TASK, seed=0):
     experts = []
     for _ in range(1 + getattr(args, "dual_policy_enabled", False)):
         experts += [normal(T, B, A).clamp(-1, 1), 0.05 + torch.rand(T, B, A, generator=rng)]
+    obs = normal(T + 1, B, task.obs_dim)
     return bmpc.Batch(
-        obs=normal(T + 1, B, task.obs_dim),
+        obs=obs[:T],
+        next_obs=obs[1:],
         action=normal(T, B, A).clamp(-1, 1),
         reward=3 * normal(T, B),
         terminated=(torch.rand(T, B, generator=rng) < 0.3) * 1.0,
         expert=torch.stack(experts, 2),
-        rows=torch.arange(T * B).view(T, B),
+        place=torch.arange(T * B).view(T, B),
     )
 
 
@@ -158,6 +160,11 @@ def same(a, b):
     a, b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
     equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
     return len(a) == len(b) and all(map(equal, a, b))
+
+
+def stored(buffer):
+    """The columns of a replay buffer, (step, E, ...)."""
+    return buffer.columns(buffer.rows)
 
 
 def copied(module):

@@ -110,11 +110,23 @@ def td_targets(model, policy, z, eps, args):
     return y if getattr(args, "local_td_bootstrap", False) else y.mean(0, keepdim=True).expand_as(y)
 
 
+def dropped(args, u):
+    """The dropout mask over the probability to keep: the gap to the next dropped element is geometric."""
+    p, place = args.dropout, -1
+    keep = torch.full((args.num_q, args.horizon, args.batch_size, args.mlp_dim), 1 / (1 - p))
+    for number in u.tolist():
+        place += math.ceil(math.log(1 - number) / math.log1p(-p)) if number > 0 else 1
+        if place < keep.numel():
+            keep.view(-1)[place] = 0
+    return keep
+
+
 def world_model_loss(model, batch, draws, args):
     """Every loss of the world model by name, and the states of the first dynamics head's rollout."""
     T, Q, R, H = args.horizon, args.num_q, args.num_rollouts, heads(args)
     td = draws.td if draws.td.dim() == 6 else draws.td[None]  # (H or 1, R, td_horizon, T, B, A)
-    z_true, parts, ys = [network(model.encoder, 0, obs) for obs in batch.obs], {}, []
+    z_true, parts, ys = [network(model.encoder, 0, obs) for obs in [*batch.obs, batch.next_obs[-1]]], {}, []
+    keep = dropped(args, draws.dropout) if args.dropout else [[None] * T] * Q
     z = [[z_true[0]] for _ in range(H)]
 
     def add(name, value, t, of=1):
@@ -139,8 +151,7 @@ def world_model_loss(model, batch, draws, args):
             targets = td_targets(model, policy, origin.detach(), td[:, r, :, t], args)
             ys.append(targets)
             for q in range(Q):
-                keep = None if draws.keep is None else draws.keep[q, t]
-                logits = network(model.value, q, start, keep)
+                logits = network(model.value, q, start, keep[q][t])
                 add("value", cross_entropy(logits, two_hot(targets[q], args)), t, Q * R)
     total = args.consistency_coef * parts["consistency"] + args.reward_coef * parts["reward"]
     total = total + args.value_coef * parts["value"]
@@ -195,7 +206,7 @@ class Adam:
         self.steps += 1
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(self.params, grads, strict=True)):
-                g = g * min(1.0, self.bound / (norm + 1e-6))
+                g = g * min(1.0, self.bound / norm)
                 self.m[i] = 0.9 * self.m[i] + 0.1 * g
                 self.v[i] = 0.999 * self.v[i] + 0.001 * g**2
                 m, v = self.m[i] / (1 - 0.9**self.steps), self.v[i] / (1 - 0.999**self.steps)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, generator, make_batch, make_model, run_loop, same, small_args, start, train
+from conftest import TASK, FakeEnvs, generator, make_batch, make_model, run_loop, same, small_args, start, stored, train
 
 import bmpc
 
@@ -55,10 +55,10 @@ class Distinct:
     def __init__(self, plans_a_decision):
         self.calls, self.every = 0, plans_a_decision
 
-    def __call__(self, model, policy, z, mean, draws, args):
+    def __call__(self, model, policy, obs, mean, draws, args):
         base = 0.0 if self.calls % self.every == 0 else -1.0
         self.calls += 1
-        part = lambda x: torch.full((len(z), 2), base + x)
+        part = lambda x: torch.full((len(obs), 2), base + x)
         new = torch.full_like(mean, base + 0.4)
         return bmpc.Plan(part(0.1), part(0.2), part(0.3), new, part(0.5).abs(), part(0.6)[:, 0])
 
@@ -80,7 +80,7 @@ def test_the_expert_stored_at_collection(tmp_path, chosen, noise, behavior, mean
     )  # fmt: skip
     functions = bmpc.Functions(plan=Distinct(1 if behavior else 2))
     buffer = run_loop(args, FakeEnvs([50, 50]), tmp_path, functions).buffer
-    expert, action = buffer.expert, buffer.action  # (step, E, ...)
+    expert, action = stored(buffer).expert, stored(buffer).action  # (step, E, ...)
     assert (expert[:6, :, 0] == 0).all() and (expert[:6, :, 1] == 1).all()  # warm-up: N(0, 1)
     assert (action[6:20] == 0.1).all() and (action[:6] != 0.1).all()  # what was executed, whatever the expert
     torch.testing.assert_close(expert[6:20, :, 0], torch.full((14, 2, 2), mean))
@@ -92,10 +92,10 @@ def test_the_expert_after_reanalyze(chosen, noise, mean):
     """The drawn elite's first action, never the noise; or the plan's mean."""
     args = small_args(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise)
     buffer, batch = bmpc.ReplayBuffer(args, TASK, torch.device("cpu")), make_batch(args)
-    new = bmpc.reanalyze(Distinct(1), make_model(args), buffer, batch, args, generator())
-    torch.testing.assert_close(new.expert[:, :3, 0], torch.full((3, 3, 2), mean))
-    torch.testing.assert_close(new.expert[:, :3, 1], torch.full((3, 3, 2), 0.5))
-    torch.testing.assert_close(buffer.expert.flatten(0, 1)[batch.rows[:, :3]], new.expert[:, :3])
+    bmpc.reanalyze(Distinct(1), make_model(args), buffer, batch, args, generator())
+    torch.testing.assert_close(batch.expert[:, :3, 0], torch.full((3, 3, 2), mean))
+    torch.testing.assert_close(batch.expert[:, :3, 1], torch.full((3, 3, 2), 0.5))
+    torch.testing.assert_close(stored(buffer).expert.flatten(0, 1)[batch.place[:, :3]], batch.expert[:, :3])
 
 
 def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(tmp_path):

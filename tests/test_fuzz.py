@@ -48,12 +48,14 @@ VALID = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for na
 
 def fill(buffer, steps):
     """Puts random episodes of 7 decisions into the buffer."""
-    rng, (_, E, A) = torch.Generator().manual_seed(0), buffer.action.shape
+    rng, E, A = torch.Generator().manual_seed(0), len(buffer.age), 2
     normal = lambda *shape: torch.randn(E, *shape, generator=rng)
     for step in range(1, steps):
         expert = torch.stack([normal(A).clamp(-1, 1), torch.rand(E, A, generator=rng) + 0.05], 1)
-        ended = torch.full((E,), step % 7 == 0)
-        buffer.add(normal(3), normal(A).clamp(-1, 1), expert, normal(), ended.float(), normal(3), ended)
+        ended = np.full(E, step % 7 == 0)
+        buffer.add(
+            normal(3), normal(A).clamp(-1, 1), expert, normal(), torch.from_numpy(ended).float(), normal(3), ended
+        )
 
 
 @fuzz(25)
@@ -154,12 +156,13 @@ def windows(rows, capacity, horizon):
 
 def held(buffer, n, times=3):
     """The windows that `buffer` draws at equally spaced numbers: if it holds n, each of them so many times."""
-    u = (torch.arange(times * n, dtype=torch.float64) + 0.5) / max(1, times * n)
+    u = (np.arange(times * n) + 0.5) / max(1, times * n)
     u[:1], u[-1:] = 0.0, 1 - 2**-53  # also at the ends of the unit interval
     batch = buffer.sample(u)
     columns = [batch.action[..., 0], batch.reward, batch.terminated, batch.expert[..., 0, 0], batch.expert[..., 1, 0]]
-    values = torch.stack(columns, -1).transpose(0, 1).tolist()
-    found = sorted(zip(batch.obs[..., 0].T.tolist(), values, batch.rows.T.tolist(), strict=True))
+    values, obs = torch.stack(columns, -1).transpose(0, 1).tolist(), torch.cat([batch.obs[:1], batch.next_obs])
+    assert torch.equal(batch.obs[1:], batch.next_obs[:-1])
+    found = sorted(zip(obs[..., 0].T.tolist(), values, batch.place.T.tolist(), strict=True))
     assert all(found[k::times] == found[::times] for k in range(times))
     return found[::times]
 
@@ -183,7 +186,7 @@ def test_the_replay_holds_what_lists_of_episodes_would(data):
         age = [n + 1 for n in age]
         ended = [n == of for n, of in zip(age, length, strict=True)]
         expert = torch.stack([mean, std], 1)
-        buffer.add(obs, action, expert, reward[:, 0], terminated[:, 0], next_obs, torch.tensor(ended))
+        buffer.add(obs, action, expert, reward[:, 0], terminated[:, 0], next_obs, np.array(ended))
         for i, (o, a, m, s, after, r, t) in enumerate(values.tolist()):
             rows[i].append((episode[i], o, [a, r, t, m, s], after))
             if ended[i]:
@@ -191,7 +194,7 @@ def test_the_replay_holds_what_lists_of_episodes_would(data):
         if step % 11 == 10:  # saved and loaded
             state, again = buffer.state_dict(), new_buffer(E, capacity, T)
             again.load_state_dict(state)
-            assert len(state["obs"]) == min(step + 1, capacity) and same(again.state_dict(), state)
+            assert len(state["rows"]) == min(step + 1, capacity) and same(again.state_dict(), state)
             buffer = again
         if step % 7 == 6:
             assert held(buffer, len(expected := windows(rows, capacity, T))) == expected

@@ -4,7 +4,19 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import CPU, TASK, FakeEnvs, draw_update, generator, make_batch, make_model, run_loop, same, small_args
+from conftest import (
+    CPU,
+    TASK,
+    FakeEnvs,
+    draw_update,
+    generator,
+    make_batch,
+    make_model,
+    run_loop,
+    same,
+    small_args,
+    stored,
+)
 
 import bmpc
 import bmpc_dual_policy
@@ -94,8 +106,8 @@ def test_a_run_pretrains_once_as_often_as_it_warmed_up_and_without_reanalyze(tmp
 
     def watched_reanalyze(*given):
         calls.append("reanalyze")
-        renewed[:] = [reanalyze(*given)]
-        return renewed[0]
+        renewed[:] = [given[3]]
+        reanalyze(*given)
 
     monkeypatch.setattr(bmpc, "update", watched_update)
     monkeypatch.setattr(bmpc, "reanalyze", watched_reanalyze)
@@ -110,32 +122,30 @@ def test_a_run_pretrains_once_as_often_as_it_warmed_up_and_without_reanalyze(tmp
 
 
 class Numbered:
-    """A plan whose expert for a state says which state of all it was; states are numbers."""
+    """A plan whose expert for an observation says which of all it was."""
 
     def __init__(self):
-        self.count, self.previous, self.args, self.z = 0, [], [], []
+        self.count, self.previous, self.args, self.obs = 0, [], [], []
 
-    def __call__(self, model, policy, z, mean, draws, args):
+    def __call__(self, model, policy, obs, mean, draws, args):
         self.previous.append(mean)
         self.args.append(args)
-        self.z.append(z)
-        n = self.count + torch.arange(len(z), dtype=torch.float32)[:, None].expand(-1, 2)
-        self.count += len(z)
+        self.obs.append(obs)
+        n = self.count + torch.arange(len(obs), dtype=torch.float32)[:, None].expand(-1, 2)
+        self.count += len(obs)
         new = (n + 0.4)[:, None].repeat(1, mean.shape[1], 1)
         return bmpc.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0])
 
 
 def reanalyzed(args, *firsts):
-    """Reanalyzes windows that begin at these steps: plan, model, experts before, buffer, batch before and after."""
+    """Reanalyzes windows that begin at these steps: plan, rows and batch before and after."""
     buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, CPU)
-    buffer.expert.copy_(-torch.rand(buffer.expert.shape, generator=generator()))
-    buffer.obs.copy_(torch.randn(buffer.obs.shape, generator=generator(1)))
-    rows = torch.tensor(firsts)[None] + torch.arange(3)[:, None]
-    obs = buffer.obs[:, 0][torch.cat([rows, rows[-1:] + 1])]
-    batch = make_batch(args)._replace(obs=obs, expert=buffer.expert[:, 0][rows], rows=rows)
-    planner, old, model = Numbered(), buffer.expert[:, 0].clone(), make_model(args)
-    new = bmpc.reanalyze(planner, model, buffer, batch, args, generator(2))
-    return planner, model, old, buffer, batch, new
+    buffer.rows.copy_(-torch.rand(buffer.rows.shape, generator=generator()))
+    place = torch.tensor(firsts)[None] + torch.arange(3)[:, None]
+    sampled = lambda: buffer.columns(buffer.rows[:, 0][place], place)
+    planner, old, batch, new = Numbered(), buffer.columns(buffer.rows.clone()), sampled(), sampled()
+    bmpc.reanalyze(planner, make_model(args), buffer, new, args, generator(2))
+    return planner, old, stored(buffer), batch, new
 
 
 @pytest.mark.parametrize("firsts", [(4, 20, 5, 21, 30), (8, 8, 8, 10, 9)])
@@ -147,21 +157,22 @@ def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts):
     args = small_args(
         batch_size=5, reanalyze_batch_size=3, reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2
     )
-    planner, model, old, buffer, batch, new = reanalyzed(args, *firsts)
-    planned = batch.rows[:, :3].flatten().tolist()  # plan k is for row planned[k]
+    planner, old, rows, batch, new = reanalyzed(args, *firsts)
+    planned = batch.place[:, :3].flatten().tolist()  # plan k is for row planned[k]
     for row in range(40):
-        expert = buffer.expert[row, 0]
+        expert = rows.expert[row, 0]
         if row in planned:
             k = round(float(expert[0, 0]) - 0.2)
             assert planned[k] == row
             torch.testing.assert_close(expert, torch.tensor([[k + 0.2] * 2, [k + 0.5] * 2]))
         else:
-            assert torch.equal(expert, old[row]), row
-    assert torch.equal(new.expert[:, :3], buffer.expert[:, 0][batch.rows[:, :3]])
+            assert torch.equal(expert, old.expert[row, 0]), row
+    assert torch.equal(new.expert[:, :3], rows.expert[:, 0][batch.place[:, :3]])
     assert torch.equal(new.expert[:, 3:], batch.expert[:, 3:])
-    for name in ("obs", "action", "reward", "terminated", "rows"):
+    for name in ("obs", "action", "reward", "terminated", "next_obs"):
         assert torch.equal(getattr(new, name), getattr(batch, name))
-    torch.testing.assert_close(torch.cat(planner.z), model.encoder(buffer.obs[:, 0][planned]))  # true observations
+        assert torch.equal(getattr(rows, name), getattr(old, name))
+    assert torch.equal(torch.cat(planner.obs), old.obs[:, 0][planned])  # true observations
     assert {(a.log_std_min, a.log_std_max) for a in planner.args} == {(-2.0, 0.5)}
     assert all((mean == 0).all() and mean.shape[1] == 2 for mean in planner.previous)
 

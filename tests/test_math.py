@@ -71,13 +71,11 @@ def test_one_head_after_the_other_equals_the_stack_at_once_and_written_out_with_
 
 @pytest.mark.parametrize("p", [1e-30, 1e-4, 0.01, 0.3, 0.97])
 def test_a_dropout_mask_walks_geometric_gaps(p):
-    mask = bmpc.dropout_mask((2, 5, 301), p, generator(3))
-    expected, place = torch.full((3010,), 1 / (1 - p)), -1
-    for u in torch.rand(5000, generator=generator(3), dtype=torch.float64).tolist():  # more than the mask draws
-        place += math.ceil(math.log(1 - u) / math.log1p(-p)) if u > 0 else 1
-        if place < 3010:
-            expected[place] = 0
-    assert torch.equal(mask, expected.view(2, 5, 301))
+    args = small_args(num_q=1, horizon=2, batch_size=5, mlp_dim=301, dropout=p)
+    u = bmpc.draw_update(args, 2, generator(3)).dropout
+    mask = bmpc.dropout_mask((1, 2, 5, 301), p, u)
+    more = torch.rand(5000, generator=generator(4), dtype=torch.float64)
+    assert torch.equal(mask, oracle.dropped(args, torch.cat([u, more])))  # the numbers reach to the end
 
 
 def test_networks_have_the_layers_and_widths_asked_for():

@@ -22,6 +22,7 @@ class Toy:
     """A model with dynamics z + a, reward r(z, a), value v(z) and a policy that is N(0, 1); latents are points."""
 
     def __init__(self, args, reward, value):
+        self.encoder = lambda obs: obs
         self.dynamics = lambda z, a: z + a
         self.reward = lambda z, a: logits(reward(z, a), args)
         self.value = lambda z: logits(torch.stack([value(z[0]) - 0.5, value(z[0]) + 0.5]), args)
@@ -34,9 +35,9 @@ def toy_args(**changes):
     return small_args(**(dict(num_samples=512, num_elites=32, num_pi_trajs=8, iterations=10, min_std=0.01) | changes))
 
 
-def plan(model, z, mean, draws, args):
-    """bmpc.plan, all states in one piece, by the model's own policy."""
-    return bmpc.plan(model, model.policy, z, mean, draws, args)
+def plan(model, obs, mean, draws, args):
+    """bmpc.plan, all observations in one piece, by the model's own policy."""
+    return bmpc.plan(model, model.policy, obs, mean, draws, args)
 
 
 def toy_plan(model, z, args):
@@ -82,11 +83,12 @@ def test_a_plan_equals_its_numpy_version(double, name):
     script, horizon, coef, changes = CASES[name]
     args = small_args(script, **changes)
     model = make_model(args, script=script)
-    z = model.encoder(torch.randn(2, 4, generator=generator(1))).detach()
+    obs = torch.randn(2, 4, generator=generator(1))
     previous = 0.5 * torch.randn(2, horizon, 2, generator=generator(2))
     draws = bmpc.draw_plan(args, 2, 2, horizon, generator(3))
-    found = script.plan(model, model.policy, z, previous, draws, args, *([] if coef is None else [coef]))
+    found = script.plan(model, model.policy, obs, previous, draws, args, *([] if coef is None else [coef]))
     with torch.no_grad():
+        z = model.encoder(obs)
         for s in range(2):
             mine = [x[s].numpy() for x in (z, previous, *draws)]
             expected = oracle.plan(oracle.Simulator(model, args), *mine, args, coef or 0.0)
@@ -107,7 +109,7 @@ def test_twenty_actions_get_two_more_iterations():
 def test_a_plan_for_a_batch_equals_plans_one_by_one_under_the_same_draws(double):
     args, seen = small_args(num_samples=600, num_elites=40), []  # 2048 // 600 = 3 states a chunk
     model = make_model(args)
-    z = model.encoder(torch.randn(7, 4, generator=generator(1))).detach()
+    z = torch.randn(7, 4, generator=generator(1))
     previous = 0.5 * torch.randn(7, 3, 2, generator=generator(2))
     draws = bmpc.draw_plan(args, 7, 2, 3, generator(3))
     whole = plan(model, z, previous, draws, args)
@@ -157,7 +159,7 @@ class Recorder:
     def __init__(self):
         self.previous, self.answers = [], []
 
-    def __call__(self, model, policy, z, mean, draws, args):
+    def __call__(self, model, policy, obs, mean, draws, args):
         self.previous.append(mean.clone())
         S, T, A = mean.shape
         n = len(self.previous)

@@ -197,7 +197,7 @@ def test_where_an_episode_cannot_be_repeated_the_next_one_begins(tmp_path, task,
     assert after["progress"]["episode"].tolist() == (before["episode"] + 1 + 23 // length).tolist()
     assert after["progress"]["lengths"].tolist() == after["buffer"]["age"].tolist() == [23 % length] * 2
     windows = [1 + n // length for n in (17, 23)]  # episodes, each of whose decisions but the last two begin a window
-    assert after["buffer"]["tail"] == 2 * (40 - 2 * sum(windows))
+    assert after["buffer"]["counts"][1] == 2 * (40 - 2 * sum(windows))
 
 
 def test_the_command_line_is_killed_asked_and_continued_from_outside(reference, tmp_path):

@@ -96,17 +96,18 @@ def test_a_run_stores_true_last_observations_and_only_real_terminations(tmp_path
     envs = FakeEnvs([5, 4], terminal=(1,))
     args = small_args(episodic=True, total_timesteps=60, learning_starts=60, batch_size=4)
     buffer = run_loop(args, envs, tmp_path).buffer
-    n = int(buffer.tail)
+    n = buffer.entered
     assert n == 6 * 3 + 7 * 2  # of 30 decisions each: 6 episodes of 5; 7 of 4 and an unfinished one of 2
-    batch = buffer.sample((torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    env, step = batch.obs[..., 0], batch.obs[..., 1]
+    batch = buffer.sample((np.arange(n) + 0.5) / n)
+    obs = torch.cat([batch.obs[:1], batch.next_obs])
+    env, step = obs[..., 0], obs[..., 1]
     assert (env == env[0]).all() and (step == step[0] + torch.arange(4)[:, None]).all()
-    assert (batch.obs[..., 2] == batch.obs[0, :, 2]).all()  # one seed, so one episode
+    assert (obs[..., 2] == obs[0, :, 2]).all()  # one seed, so one episode
     assert step[-1][env[-1] == 0].max() == 5 and step[-1][env[-1] == 1].max() == 4  # the last observations are there
     assert torch.equal(batch.terminated, ((env[1:] == 1) & (step[1:] == 4)) * 1.0)
     torch.testing.assert_close(batch.reward, env[1:] + 0.125 * step[1:])
     sent = torch.tensor([a.tolist() for a in envs.sent])  # (step, E, A): a row's action is the one sent from its obs
-    assert torch.equal(batch.action.flatten(0, 1), sent.flatten(0, 1)[batch.rows.flatten()])
+    assert torch.equal(batch.action.flatten(0, 1), sent.flatten(0, 1)[batch.place.flatten()])
 
 
 def test_an_episodes_seed_is_made_from_seed_environment_and_episode_alone(tmp_path):

@@ -5,9 +5,10 @@ Their losses, updates and plans test_learning.py and test_planner.py hold agains
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, generator, make_model, small_args, start
+from conftest import TASK, FakeEnvs, generator, make_model, small_args, start, stored
 from test_siblings import FLAGS, whole
 
 import bmpc
@@ -30,10 +31,10 @@ class Spy:
     def __init__(self, script):
         self.script, self.coefs, self.policies, self.plans = script, [], [], []
 
-    def __call__(self, model, policy, z, mean, draws, args, std_coef):
+    def __call__(self, model, policy, obs, mean, draws, args, std_coef):
         self.coefs.append(std_coef)
         self.policies.append(id(policy))
-        self.plans.append(self.script.plan(model, policy, z, mean, draws, args, std_coef))
+        self.plans.append(self.script.plan(model, policy, obs, mean, draws, args, std_coef))
         return self.plans[-1]
 
 
@@ -59,7 +60,7 @@ def test_who_plans_to_act_and_whose_expert_is_stored(two, initial):
     """With two policies the optimistic one; the pessimistic one's expert is a plan of its own."""
     script, run = begun(two, initial_expert_from_behavior=initial)
     warm_up = [[0.0] * 2, [1.0] * 2] * (1 + two)
-    assert run.buffer.expert[:10].tolist() == [[warm_up] * 2] * 10
+    assert stored(run.buffer).expert[:10].tolist() == [[warm_up] * 2] * 10
     spy, model = Spy(script), run.model
     (action, expert, mean), _ = script.act(spy, model, run.obs, run.mean, run.args, run.draws)
     plans = 1 if initial else 2
@@ -95,19 +96,23 @@ def test_the_pessimistic_policy_evaluates_with_a_coefficient_of_its_own(two):
 def test_reanalyze_rewrites_every_expert_of_the_sampled_rows_each_by_a_plan_of_its_own(two):
     script, run = begun(two)
     args, learn, variant = run.args, run.draws["learn"], run.draws["variant"]
-    draws = script.draw_update(args, TASK.action_dim, learn, variant)
-    batch, old, spy, before = run.buffer.sample(draws.window), run.buffer.expert.clone(), Spy(script), learn.get_state()
-    renewed = script.reanalyze(spy, run.model, run.buffer, batch, args, learn, *[variant] * two)
+    batch, spy, before = (
+        run.buffer.sample(np.random.default_rng(0).random(args.batch_size)),
+        Spy(script),
+        learn.get_state(),
+    )
+    given, old = batch.expert.clone(), stored(run.buffer).expert.clone()
+    script.reanalyze(spy, run.model, run.buffer, batch, args, learn, *[variant] * two)
     W, T = args.reanalyze_batch_size, args.horizon
     half = len(spy.policies) // (1 + two)  # a plan may come in chunks
     optimistic = [id(run.model.optimistic_policy)] * half if two else []
     assert spy.policies == [id(run.model.policy)] * half + optimistic
     assert spy.coefs == ([-0.25] * half + [0.5] * half if two else [2.0] * half)
-    rows, experts = batch.rows[:, :W].flatten(), run.buffer.expert.flatten(0, 1)
+    rows, experts = batch.place[:, :W].flatten(), stored(run.buffer).expert.flatten(0, 1)
     changed = (experts != old.flatten(0, 1)).any(-1)  # (rows, 2 or 4)
     assert changed[rows].all() and changed.sum() == (2 + 2 * two) * len(rows.unique())
-    assert torch.equal(renewed.expert[:, :W].flatten(0, 1), experts[rows])
-    assert torch.equal(renewed.expert[:, W:], batch.expert[:, W:])
+    assert torch.equal(batch.expert[:, :W].flatten(0, 1), experts[rows])
+    assert torch.equal(batch.expert[:, W:], given[:, W:])
     parts = [torch.cat([getattr(x, name) for x in spy.plans]).split(T * W) for name in ("elite", "std")]
     wanted = torch.stack([part[k] for k in range(1 + two) for part in parts], 1)
     for i, row in enumerate(rows):  # of a row that occurs twice one plan remains

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
 import plain  # noqa: E402
 import torch  # noqa: E402
 
@@ -95,8 +96,9 @@ class Bench:
         run, E = script.Run(args, TASK, self.device), args.num_envs
         random = lambda *shape: torch.rand(E, *shape, device=self.device)
         for _ in range(100):
-            obs, expert, action = random(TASK.obs_dim), random(*run.buffer.expert.shape[2:]), random(TASK.action_dim)
-            run.buffer.add(obs, action, expert, random(), 0 * random(), obs, random() > 1)
+            action, expert = script.act_randomly(args, TASK.action_dim, run.draws["collect"])
+            obs = random(TASK.obs_dim)
+            run.buffer.add(obs, action, expert, random(), 0 * random(), obs, np.zeros(E, bool))
         return run, plain.plan if mode == "plain" else run.functions.plan
 
 
@@ -117,7 +119,7 @@ def bench_act(bench, mode):
 def bench_reanalyze(bench, mode):
     run, plan = bench.make(bmpc, mode)
     args, draws = run.args, run.draws["learn"]
-    batch = run.buffer.sample(bmpc.draw_update(args, TASK.action_dim, draws).window)
+    batch = run.buffer.sample(np.random.default_rng(0).random(args.batch_size))
     work = args.reanalyze_batch_size * args.horizon * flops(args)["plan"]
     renew = lambda: bmpc.reanalyze(plan, run.model, run.buffer, batch, args, draws)
     bench.time("reanalyze, 60 states", mode, renew, work)
@@ -138,8 +140,8 @@ def bench_update(bench, mode):
 def bench_sample(bench, mode):
     if mode == "eager":
         buffer = bmpc.ReplayBuffer(bmpc.Args(), TASK, bench.device)
-        buffer.tail += 999_000  # as if full; what the rows hold does not matter to the clock
-        u = torch.rand(256, dtype=torch.float64, device=bench.device)
+        buffer.entered += 999_000  # as if full; what the rows hold does not matter to the clock
+        u = np.random.default_rng(0).random(256)
         bench.time("sample 256 windows of 1M rows", mode, lambda: buffer.sample(u))
 
 
