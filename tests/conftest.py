@@ -130,6 +130,24 @@ class FakeEnvs:
         return self.obs(), reward, ended & terminal, ended & ~terminal
 
 
+class FakePlanner:
+    """Stands for `plan` and keeps what it was asked. State n's answer is n and a fraction that names the part."""
+
+    def __init__(self):
+        self.z, self.previous, self.args, self.answers, self.states = [], [], [], [], 0
+
+    def __call__(self, model, policy, z, mean, draws, args):
+        S, T, A = mean.shape
+        self.z.append(z.clone())
+        self.previous.append(mean.clone())
+        self.args.append(args)
+        n = self.states + torch.arange(float(S))[:, None].expand(-1, A)
+        self.states += S
+        new = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100
+        self.answers.append(bmpc.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0]))
+        return self.answers[-1]
+
+
 def start(args, envs, functions=None, script=bmpc):
     """A run on fake environments, before its first decision."""
     run = script.Run(args, TASK, CPU)
@@ -158,7 +176,3 @@ def same(a, b):
     a, b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
     equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
     return len(a) == len(b) and all(map(equal, a, b))
-
-
-def copied(module):
-    return {name: x.clone() for name, x in module.state_dict().items()}

@@ -4,7 +4,19 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import CPU, TASK, FakeEnvs, draw_update, generator, make_batch, make_model, run_loop, same, small_args
+from conftest import (
+    CPU,
+    TASK,
+    FakeEnvs,
+    FakePlanner,
+    draw_update,
+    generator,
+    make_batch,
+    make_model,
+    run_loop,
+    same,
+    small_args,
+)
 
 import bmpc
 import bmpc_dual_policy
@@ -109,22 +121,6 @@ def test_a_run_pretrains_once_as_often_as_it_warmed_up_and_without_reanalyze(tmp
 # --- reanalyze
 
 
-class Numbered:
-    """A plan whose expert for a state says which state of all it was; states are numbers."""
-
-    def __init__(self):
-        self.count, self.previous, self.args, self.z = 0, [], [], []
-
-    def __call__(self, model, policy, z, mean, draws, args):
-        self.previous.append(mean)
-        self.args.append(args)
-        self.z.append(z)
-        n = self.count + torch.arange(len(z), dtype=torch.float32)[:, None].expand(-1, 2)
-        self.count += len(z)
-        new = (n + 0.4)[:, None].repeat(1, mean.shape[1], 1)
-        return bmpc.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0])
-
-
 def reanalyzed(args, *firsts):
     """Reanalyzes windows that begin at these steps: plan, model, experts before, buffer, batch before and after."""
     buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, CPU)
@@ -133,7 +129,7 @@ def reanalyzed(args, *firsts):
     rows = torch.tensor(firsts)[None] + torch.arange(3)[:, None]
     obs = buffer.obs[:, 0][torch.cat([rows, rows[-1:] + 1])]
     batch = make_batch(args)._replace(obs=obs, expert=buffer.expert[:, 0][rows], rows=rows)
-    planner, old, model = Numbered(), buffer.expert[:, 0].clone(), make_model(args)
+    planner, old, model = FakePlanner(), buffer.expert[:, 0].clone(), make_model(args)
     new = bmpc.reanalyze(planner, model, buffer, batch, args, generator(2))
     return planner, model, old, buffer, batch, new
 
