@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import runs  # noqa: E402
 import torch  # noqa: E402
 
 import bmpc  # noqa: E402
@@ -54,11 +55,19 @@ def generator(seed=0, device="cpu"):
 
 
 def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
-    """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included."""
+    """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included.
+
+    Where it knows of terminations, it ends half of the episodes at each step.
+    """
     model, rng = script.WorldModel(task, args, generator(seed)), generator(seed + 1)
+    normal = lambda *shape: torch.randn(shape, generator=rng)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(std * torch.randn(p.shape, generator=rng))
+            p.add_(std * normal(*p.shape))
+        if model.termination:
+            z = model.encoder(normal(1, 64, task.obs_dim))
+            logits = model.termination(model.dynamics(z, normal(1, 64, task.action_dim).clamp(-1, 1)))
+            model.termination.layers[-1].bias -= logits.median()
     return model
 
 
@@ -132,6 +141,24 @@ class FakeEnvs:
         return self.obs(), reward, ended & terminal, ended & ~terminal
 
 
+class FakePlanner:
+    """Stands for `plan` and keeps what it was asked. State n's answer is n and a fraction that names the part."""
+
+    def __init__(self):
+        self.obs, self.previous, self.args, self.answers, self.states = [], [], [], [], 0
+
+    def __call__(self, model, policy, obs, mean, draws, args):
+        S, T, A = mean.shape
+        self.obs.append(obs.clone())
+        self.previous.append(mean.clone())
+        self.args.append(args)
+        n = self.states + torch.arange(float(S))[:, None].expand(-1, A)
+        self.states += S
+        new = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100
+        self.answers.append(bmpc.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0]))
+        return self.answers[-1]
+
+
 def start(args, envs, functions=None, script=bmpc):
     """A run on fake environments, before its first decision."""
     run = script.Run(args, TASK, CPU)
@@ -157,15 +184,9 @@ def run_loop(args, envs, directory, functions=None, script=bmpc):
 
 def same(a, b):
     """Whether two trees of tensors are equal bit for bit."""
-    a, b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
-    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-    return len(a) == len(b) and all(map(equal, a, b))
+    return runs.differences(a, b) == []
 
 
 def stored(buffer):
     """The columns of a replay buffer, (step, E, ...)."""
     return buffer.columns(buffer.rows)
-
-
-def copied(module):
-    return {name: x.clone() for name, x in module.state_dict().items()}

@@ -5,7 +5,20 @@ import math
 
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, generator, make_batch, make_model, run_loop, same, small_args, start, stored, train
+from conftest import (
+    TASK,
+    FakeEnvs,
+    FakePlanner,
+    generator,
+    make_batch,
+    make_model,
+    run_loop,
+    same,
+    small_args,
+    start,
+    stored,
+    train,
+)
 
 import bmpc
 
@@ -49,53 +62,44 @@ def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path):
 # --- 2c: the expert's source
 
 
-class Distinct:
-    """A plan whose parts can be told apart, in the acting plan (call 1 of a decision) and in any other."""
-
-    def __init__(self, plans_a_decision):
-        self.calls, self.every = 0, plans_a_decision
-
-    def __call__(self, model, policy, obs, mean, draws, args):
-        base = 0.0 if self.calls % self.every == 0 else -1.0
-        self.calls += 1
-        part = lambda x: torch.full((len(obs), 2), base + x)
-        new = torch.full_like(mean, base + 0.4)
-        return bmpc.Plan(part(0.1), part(0.2), part(0.3), new, part(0.5).abs(), part(0.6)[:, 0])
-
-
-COLLECTION = [  # use_chosen_action, chosen_action_noise, from_behavior, the expert's mean and std
-    (True, True, True, 0.1, 0.5),  # the executed action
-    (True, False, True, 0.2, 0.5),  # the drawn elite
-    (False, True, True, 0.4, 0.5),  # the plan's mean
-    (True, True, False, -0.8, 0.5),  # the drawn elite of the separate plan: it has no noise
-    (False, True, False, -0.6, 0.5),  # its mean
+COLLECTION = [  # use_chosen_action, chosen_action_noise, from_behavior, the expert's mean
+    (True, True, True, "action"),  # the executed one
+    (True, False, True, "elite"),  # the drawn one
+    (False, True, True, "mean"),
+    (True, True, False, "elite"),  # of the separate plan: it has no noise
+    (False, True, False, "mean"),
 ]
 
 
-@pytest.mark.parametrize("chosen, noise, behavior, mean, std", COLLECTION)
-def test_the_expert_stored_at_collection(tmp_path, chosen, noise, behavior, mean, std):
+def first_actions(answers, part):
+    return torch.stack([x.mean[:, 0] if part == "mean" else getattr(x, part) for x in answers])
+
+
+@pytest.mark.parametrize("chosen, noise, behavior, part", COLLECTION)
+def test_the_expert_stored_at_collection(tmp_path, chosen, noise, behavior, part):
     args = small_args(
         reanalyze_use_chosen_action=chosen, chosen_action_noise=noise, initial_expert_from_behavior=behavior,
         reanalyze_interval=0, utd_ratio=0.001,
     )  # fmt: skip
-    functions = bmpc.Functions(plan=Distinct(1 if behavior else 2))
-    buffer = run_loop(args, FakeEnvs([50, 50]), tmp_path, functions).buffer
+    planner, plans = FakePlanner(), 1 if behavior else 2
+    buffer = run_loop(args, FakeEnvs([50, 50]), tmp_path, bmpc.Functions(plan=planner)).buffer
+    acting, source = planner.answers[::plans], planner.answers[plans - 1 :: plans]
     expert, action = stored(buffer).expert, stored(buffer).action  # (step, E, ...)
     assert (expert[:6, :, 0] == 0).all() and (expert[:6, :, 1] == 1).all()  # warm-up: N(0, 1)
-    assert (action[6:20] == 0.1).all() and (action[:6] != 0.1).all()  # what was executed, whatever the expert
-    torch.testing.assert_close(expert[6:20, :, 0], torch.full((14, 2, 2), mean))
-    torch.testing.assert_close(expert[6:20, :, 1], torch.full((14, 2, 2), std))
+    assert torch.equal(action[6:20], first_actions(acting, "action"))  # what was executed, whatever the expert
+    assert torch.equal(expert[6:20], torch.stack([first_actions(source, part), first_actions(source, "std")], 2))
 
 
-@pytest.mark.parametrize("chosen, noise, mean", [(True, True, 0.2), (True, False, 0.2), (False, True, 0.4)])
-def test_the_expert_after_reanalyze(chosen, noise, mean):
+@pytest.mark.parametrize("chosen, noise, part", [(True, True, "elite"), (True, False, "elite"), (False, True, "mean")])
+def test_the_expert_after_reanalyze(chosen, noise, part):
     """The drawn elite's first action, never the noise; or the plan's mean."""
-    args = small_args(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise)
+    args, planner = small_args(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise), FakePlanner()
     buffer, batch = bmpc.ReplayBuffer(args, TASK, torch.device("cpu")), make_batch(args)
-    bmpc.reanalyze(Distinct(1), make_model(args), buffer, batch, args, generator())
-    torch.testing.assert_close(batch.expert[:, :3, 0], torch.full((3, 3, 2), mean))
-    torch.testing.assert_close(batch.expert[:, :3, 1], torch.full((3, 3, 2), 0.5))
-    torch.testing.assert_close(stored(buffer).expert.flatten(0, 1)[batch.place[:, :3]], batch.expert[:, :3])
+    bmpc.reanalyze(planner, make_model(args), buffer, batch, args, generator())
+    new = batch.expert[:, :3]
+    expected = torch.stack([first_actions(planner.answers, part)[0], first_actions(planner.answers, "std")[0]], 1)
+    assert torch.equal(new, expected.unflatten(0, (3, 3)))
+    assert torch.equal(stored(buffer).expert.flatten(0, 1)[batch.place[:, :3]], new)
 
 
 def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(tmp_path):
@@ -152,7 +156,7 @@ def ended(directory, args):
 
 def test_a_flag_at_its_default_leaves_every_bit_and_away_from_it_changes_the_run(tmp_path):
     """Also the EMA policy that nobody looks at, and a step of it that nobody takes: no draw, no bit is another."""
-    args = small_args(log_freq=10, total_timesteps=20, reanalyze_interval=4)
+    args = small_args(log_freq=8, total_timesteps=16, reanalyze_interval=2)
     base, tags = ended(tmp_path / "base", args)
     assert tags.isdisjoint(DIAGNOSTICS) and "losses/value" in tags
     tiny = dict(policy_trust_region_coef=1e-30)  # the copy and the term are there, but round off

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import runs
 import torch

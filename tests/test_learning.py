@@ -8,6 +8,7 @@ from conftest import (
     CPU,
     TASK,
     FakeEnvs,
+    FakePlanner,
     draw_update,
     generator,
     make_batch,
@@ -121,29 +122,13 @@ def test_a_run_pretrains_once_as_often_as_it_warmed_up_and_without_reanalyze(tmp
 # --- reanalyze
 
 
-class Numbered:
-    """A plan whose expert for an observation says which of all it was."""
-
-    def __init__(self):
-        self.count, self.previous, self.args, self.obs = 0, [], [], []
-
-    def __call__(self, model, policy, obs, mean, draws, args):
-        self.previous.append(mean)
-        self.args.append(args)
-        self.obs.append(obs)
-        n = self.count + torch.arange(len(obs), dtype=torch.float32)[:, None].expand(-1, 2)
-        self.count += len(obs)
-        new = (n + 0.4)[:, None].repeat(1, mean.shape[1], 1)
-        return bmpc.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0])
-
-
 def reanalyzed(args, *firsts):
     """Reanalyzes windows that begin at these steps: plan, rows and batch before and after."""
     buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, CPU)
     buffer.rows.copy_(-torch.rand(buffer.rows.shape, generator=generator()))
     place = torch.tensor(firsts)[None] + torch.arange(3)[:, None]
     sampled = lambda: buffer.columns(buffer.rows[:, 0][place], place)
-    planner, old, batch, new = Numbered(), buffer.columns(buffer.rows.clone()), sampled(), sampled()
+    planner, old, batch, new = FakePlanner(), buffer.columns(buffer.rows.clone()), sampled(), sampled()
     bmpc.reanalyze(planner, make_model(args), buffer, new, args, generator(2))
     return planner, old, stored(buffer), batch, new
 

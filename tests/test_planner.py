@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import FakeEnvs, generator, make_model, run_loop, same, small_args, start
+from conftest import FakeEnvs, FakePlanner, generator, make_model, run_loop, same, small_args, start
 
 import bmpc
 import bmpc_dual_policy
@@ -153,40 +153,24 @@ def test_if_no_candidate_has_a_finite_return_the_weights_are_uniform(double, val
 # --- warm start
 
 
-class Recorder:
-    """A plan that answers with unmistakable numbers and keeps what it was asked."""
-
-    def __init__(self):
-        self.previous, self.answers = [], []
-
-    def __call__(self, model, policy, obs, mean, draws, args):
-        self.previous.append(mean.clone())
-        S, T, A = mean.shape
-        n = len(self.previous)
-        rows = lambda x: torch.full((S, A), x)
-        new = (n + torch.arange(S * T * A).view(S, T, A) / 1000).to(mean)
-        self.answers.append(bmpc.Plan(rows(0.1), rows(0.2), rows(0.3), new, rows(0.5), torch.zeros(S)))
-        return self.answers[-1]
-
-
-def check_warm_start(recorder, envs, first):
+def check_warm_start(planner, envs, first):
     """Each plan starts from the one before it, a step on, or from nothing where an episode begins."""
-    for k in range(1, len(recorder.previous)):
+    for k in range(1, len(planner.previous)):
         for i, length in enumerate(envs.lengths):
-            expected = recorder.answers[k - 1].mean[i, 1:]
+            expected = planner.answers[k - 1].mean[i, 1:]
             begins = (first + k) % length == 0
-            assert torch.equal(recorder.previous[k][i, :-1], torch.zeros_like(expected) if begins else expected)
-            assert (recorder.previous[k][i, -1] == 0).all()
-    assert (recorder.previous[0] == 0).all()
+            assert torch.equal(planner.previous[k][i, :-1], torch.zeros_like(expected) if begins else expected)
+            assert (planner.previous[k][i, -1] == 0).all()
+    assert (planner.previous[0] == 0).all()
 
 
 def test_the_warm_start_shifts_by_one_and_is_cleared_exactly_where_an_episode_began(tmp_path):
     """Episodes of 5 and 7 decisions, so that the two begin apart and, at last, together."""
-    recorder, envs = Recorder(), FakeEnvs([5, 7])
+    planner, envs = FakePlanner(), FakeEnvs([5, 7])
     args = small_args(total_timesteps=12 + 2 * 40, reanalyze_interval=0, utd_ratio=0.001)
-    run_loop(args, envs, tmp_path, bmpc.Functions(plan=recorder))
-    check_warm_start(recorder, envs, first=6)  # decisions of each environment, that were random
-    assert len(recorder.previous) == 40
+    run_loop(args, envs, tmp_path, bmpc.Functions(plan=planner))
+    check_warm_start(planner, envs, first=6)  # decisions of each environment, that were random
+    assert len(planner.previous) == 40
 
 
 # --- evaluation
@@ -199,24 +183,25 @@ def play(args, envs, planner, planning=True, step=0):
     return run.model, bmpc.play(run, envs, planning, [], [])
 
 
-def test_evaluation_plays_the_best_elite_and_the_official_flag_a_drawn_one():
-    for flag, first in ((False, 0.3), (True, 0.2)):
-        envs = FakeEnvs([5, 7])
-        play(small_args(eval_sample_elite=flag), envs, Recorder())
-        assert all((sent == np.float32(first)).all() for sent in envs.sent) and len(envs.sent) >= 10
+@pytest.mark.parametrize("drawn, part", [(False, "best"), (True, "elite")])
+def test_evaluation_plays_the_best_elite_and_the_official_flag_a_drawn_one(drawn, part):
+    envs, planner = FakeEnvs([5, 7]), FakePlanner()
+    play(small_args(eval_sample_elite=drawn), envs, planner)
+    played = zip(envs.sent, planner.answers, strict=True)
+    assert all((sent == getattr(answer, part).numpy()).all() for sent, answer in played) and len(envs.sent) >= 10
 
 
 def test_evaluation_warm_starts_within_an_episode_only():
-    recorder, envs = Recorder(), FakeEnvs([5, 7])
-    play(small_args(eval_episodes=4), envs, recorder)
-    check_warm_start(recorder, envs, first=0)
-    assert len(recorder.previous) >= 14
+    planner, envs = FakePlanner(), FakeEnvs([5, 7])
+    play(small_args(eval_episodes=4), envs, planner)
+    check_warm_start(planner, envs, first=0)
+    assert len(planner.previous) >= 14
 
 
 def test_evaluation_returns_belong_to_their_episodes():
     """Workers of 5 and 7 decisions share 5 episodes: 0 and 1 first, then whoever is free; the rest is not counted."""
     envs = FakeEnvs([5, 7])
-    _, returns = play(small_args(eval_episodes=5), envs, Recorder())
+    _, returns = play(small_args(eval_episodes=5), envs, FakePlanner())
     total = lambda i, n: sum(i + 0.125 * k for k in range(1, n + 1))
     assert returns.tolist() == [total(0, 5), total(1, 7), total(0, 5), total(1, 7), total(0, 5)]
     assert [seed for _, seed in envs.begun[:5]] == [bmpc.make_seed(1, "eval", j) for j in range(5)]
@@ -224,7 +209,7 @@ def test_evaluation_returns_belong_to_their_episodes():
 
 def test_the_policy_alone_acts_with_its_squashed_mean():
     envs = FakeEnvs([3, 3])
-    model, _ = play(small_args(eval_episodes=2), envs, Recorder(), planning=False)
+    model, _ = play(small_args(eval_episodes=2), envs, FakePlanner(), planning=False)
     first = FakeEnvs([3, 3]).reset([True, True], [seed for _, seed in envs.begun[:2]])
     expected = torch.tanh(model.policy(model.encoder(torch.from_numpy(first))).chunk(2, -1)[0])
     np.testing.assert_array_equal(envs.sent[0], expected.detach().numpy())
@@ -241,7 +226,7 @@ def test_an_evaluation_is_a_function_of_the_seed_and_the_step():
 
 def test_an_evaluation_that_is_asked_to_stop_is_abandoned_and_its_film_is_episode_0s(tmp_path):
     args, stop = small_args(eval_episodes=3, capture_video=True), []
-    run, film = start(args, FakeEnvs([9, 9]), bmpc.Functions(plan=Recorder())), []
+    run, film = start(args, FakeEnvs([9, 9]), bmpc.Functions(plan=FakePlanner())), []
     assert len(bmpc.play(run, FakeEnvs([5, 7]), True, stop, film)) == 3
     assert len(film) == 5
     stop.append(15)
