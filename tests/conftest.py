@@ -54,11 +54,19 @@ def generator(seed=0, device="cpu"):
 
 
 def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
-    """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included."""
+    """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included.
+
+    Where it knows of terminations, it ends half of the episodes at each step.
+    """
     model, rng = script.WorldModel(task, args, generator(seed)), generator(seed + 1)
+    normal = lambda *shape: torch.randn(shape, generator=rng)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(std * torch.randn(p.shape, generator=rng))
+            p.add_(std * normal(*p.shape))
+        if model.termination:
+            z = model.encoder(normal(1, 64, task.obs_dim))
+            logits = model.termination(model.dynamics(z, normal(1, 64, task.action_dim).clamp(-1, 1)))
+            model.termination.layers[-1].bias -= logits.median()
     return model
 
 
