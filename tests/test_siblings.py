@@ -75,15 +75,8 @@ def hunks(older: str, sibling: str, root: Path = ROOT) -> list[Hunk]:
     return [Hunk(a[i:j], b[k:m], skip_b + k + 1) for kind, i, j, k, m in found if kind != "equal"]
 
 
-def enclosing(sibling: str, line: int) -> str:
-    """The function or class around a line."""
-    tree = ast.parse((ROOT / sibling).read_text())
-    around = [n for n in tree.body if hasattr(n, "name") and n.lineno <= line <= n.end_lineno]
-    return around[0].name if around else "the module"
-
-
 def describe(older: str, sibling: str, found: list[Hunk]) -> str:
-    return "\n".join(f"{sibling}:{h.line}, in {enclosing(sibling, h.line)} (- is {older}):\n{h}" for h in found)
+    return "\n".join(f"{sibling}:{h.line} (- is {older}):\n{h}" for h in found)
 
 
 def seam_table(older: str, sibling: str) -> dict[int, tuple[int, int, int]]:

@@ -28,9 +28,6 @@ ALL_FLAGS = dict(
 HEADS = dict(planner_num_dynamics_heads=2, planner_value_std_coef_train=0.7, local_td_bootstrap=True, td_horizon=2)
 
 
-# --- against the plain version
-
-
 def test_a_fast_plan_equals_the_plain_one(double):
     args = small_args(num_samples=64, num_elites=16)
     model, rng = make_model(args, std=0.1), generator()
@@ -39,9 +36,6 @@ def test_a_fast_plan_equals_the_plain_one(double):
     plans = [plan(model, model.policy, z, mean, draws, args) for plan in (bmpc.plan, plain.plan)]
     for x, y in zip(*plans, strict=True):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
-
-
-# --- one graph each, compiled once
 
 
 def everything(functions, args, device, steps=2, script=bmpc):
