@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import runs  # noqa: E402
 import torch  # noqa: E402
 
 import bmpc  # noqa: E402
@@ -165,15 +166,9 @@ def run_loop(args, envs, directory, functions=None, script=bmpc):
 
 def same(a, b):
     """Whether two trees of tensors are equal bit for bit."""
-    a, b = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
-    equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-    return len(a) == len(b) and all(map(equal, a, b))
+    return runs.differences(a, b) == []
 
 
 def stored(buffer):
     """The columns of a replay buffer, (step, E, ...)."""
     return buffer.columns(buffer.rows)
-
-
-def copied(module):
-    return {name: x.clone() for name, x in module.state_dict().items()}

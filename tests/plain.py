@@ -4,19 +4,10 @@ What bmpc.py does to be fast (the shared latent multiplied once, the proposals s
 stacked heads) is absent here. `throughput.py --compare` times it, and a test holds bmpc.plan against it.
 """
 
-import oracle
 import torch
+from oracle import gaussian, network
 
 import bmpc
-
-
-def networks(net, x):
-    """All heads of a stack on x (..., in), one after the other: (heads, ..., out)."""
-    return torch.stack([oracle.network(net, head, x) for head in range(len(net.layers[-1].weight))])
-
-
-def mlp(net, x):
-    return oracle.network(net, 0, x)
 
 
 def returns(model, z, actions, args):
@@ -25,10 +16,11 @@ def returns(model, z, actions, args):
     total, discount = 0.0, 1.0
     for t in range(actions.shape[2]):
         za = torch.cat([z, actions[:, :, t]], -1)
-        total = total + discount * bmpc.two_hot_inv(mlp(model.reward, za), args)
-        z = mlp(model.dynamics, za)
+        total = total + discount * bmpc.two_hot_inv(network(model.reward, 0, za), args)
+        z = network(model.dynamics, 0, za)
         discount *= args.discount
-    return total + discount * bmpc.two_hot_inv(networks(model.value, z), args).mean(0)
+    values = torch.stack([network(model.value, q, z) for q in range(args.num_q)])
+    return total + discount * bmpc.two_hot_inv(values, args).mean(0)
 
 
 @torch.no_grad()
@@ -37,9 +29,9 @@ def plan(model, policy, obs, mean, draws, args):
     z, (_, P, T, _) = mlp(model.encoder, obs), draws.proposals.shape
     state, proposals = z[:, None].expand(-1, P, -1), []
     for t in range(T):
-        m, std = oracle.gaussian(policy, state, args)
+        m, std = gaussian(policy, state, args)
         proposals.append((m + std * draws.proposals[:, :, t]).clamp(-1, 1))
-        state = mlp(model.dynamics, torch.cat([state, proposals[t]], -1))
+        state = network(model.dynamics, 0, torch.cat([state, proposals[t]], -1))
     proposals = torch.stack(proposals, 2)
     std = torch.full_like(mean, args.max_std)
     for i in range(draws.samples.shape[1]):

@@ -152,7 +152,7 @@ def ended(directory, args):
 
 def test_a_flag_at_its_default_leaves_every_bit_and_away_from_it_changes_the_run(tmp_path):
     """Also the EMA policy that nobody looks at, and a step of it that nobody takes: no draw, no bit is another."""
-    args = small_args(log_freq=10, total_timesteps=20, reanalyze_interval=4)
+    args = small_args(log_freq=8, total_timesteps=16, reanalyze_interval=2)
     base, tags = ended(tmp_path / "base", args)
     assert tags.isdisjoint(DIAGNOSTICS) and "losses/value" in tags
     tiny = dict(policy_trust_region_coef=1e-30)  # the copy and the term are there, but round off

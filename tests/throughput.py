@@ -105,15 +105,12 @@ class Bench:
 def bench_act(bench, mode):
     cases = [(f"act, {E} environments", bmpc, dict(num_envs=E), E) for E in (1, 4, 16)]
     if mode != "plain":  # each policy's expert is a plan of its own
-        cases += [
-            ("act, 2 heads", bmpc_multihead, TWO_HEADS, 4),
-            ("act, 2 policies", bmpc_dual_policy, TWO_POLICIES, 8),
-        ]
+        cases += [("act, 2 heads", bmpc_multihead, TWO_HEADS, 4)]
+        cases += [("act, 2 policies", bmpc_dual_policy, TWO_POLICIES, 8)]
     for name, script, changes, plans in cases:
-        if hasattr(script, "Run"):
-            run, plan = bench.make(script, mode, **changes)
-            act = lambda s=script, r=run, p=plan: s.act(p, r.model, r.obs, r.mean, r.args, r.draws)
-            bench.time(name, mode, act, plans * flops(run.args)["plan"])
+        run, plan = bench.make(script, mode, **changes)
+        act = lambda s=script, r=run, p=plan: s.act(p, r.model, r.obs, r.mean, r.args, r.draws)
+        bench.time(name, mode, act, plans * flops(run.args)["plan"])
 
 
 def bench_reanalyze(bench, mode):
@@ -130,11 +127,10 @@ def bench_update(bench, mode):
     cases += [("update, num_rollouts 4", bmpc, dict(num_rollouts=4), 1)]
     cases += [("update, 2 heads", bmpc_multihead, TWO_HEADS, 1)]
     cases += [("update, 2 policies", bmpc_dual_policy, TWO_POLICIES, 1)]
-    for name, script, changes, count in cases:
-        if hasattr(script, "Run") and mode != "plain":
-            run, _ = bench.make(script, mode, reanalyze_interval=0, **changes)
-            updates = lambda s=script, r=run, n=count: [s.learn(r, pretraining=False) for _ in range(n)]
-            bench.time(name, mode, updates, count * flops(run.args)["update"])
+    for name, script, changes, count in cases if mode != "plain" else []:
+        run, _ = bench.make(script, mode, reanalyze_interval=0, **changes)
+        updates = lambda s=script, r=run, n=count: [s.learn(r, pretraining=False) for _ in range(n)]
+        bench.time(name, mode, updates, count * flops(run.args)["update"])
 
 
 def bench_sample(bench, mode):
