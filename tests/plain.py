@@ -26,7 +26,7 @@ def returns(model, z, actions, args):
 @torch.no_grad()
 def plan(model, policy, obs, mean, draws, args):
     """What bmpc.plan computes, for models with one dynamics head and no termination head."""
-    z, (_, P, T, _) = mlp(model.encoder, obs), draws.proposals.shape
+    z, (_, P, T, _) = network(model.encoder, 0, obs), draws.proposals.shape
     state, proposals = z[:, None].expand(-1, P, -1), []
     for t in range(T):
         m, std = gaussian(policy, state, args)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import FakeEnvs, flags, run_loop, same, small_args, start, train
+from conftest import FakeEnvs, flags, run_loop, small_args, start
 
 import bmpc
 
@@ -151,20 +151,6 @@ def test_environment_i_episode_k_is_the_same_whoever_ran_before(task, repeat):
         seen.append(trajectory)
     assert all(map(np.array_equal, seen[0], seen[1])) and all(map(np.array_equal, seen[0], seen[2]))
     assert np.array_equal(seen[3][0], seen[0][3][:-1]) and all(map(np.array_equal, seen[0][4:], seen[3][1:]))
-
-
-def test_evaluation_does_not_touch_the_training_environments(tmp_path):
-    """Its episodes are begun with seeds of its own, in environments of its own; it changes no bit of the run."""
-    envs, eval_envs = FakeEnvs([5, 7]), FakeEnvs([4, 6])
-    run = start(small_args(eval_freq=10, eval_episodes=3), envs)
-    train(run, envs, tmp_path, eval_envs)
-    evaluated = [seed for _, seed in eval_envs.begun]
-    assert {seed for _, seed in envs.begun}.isdisjoint(evaluated)
-    assert set(evaluated[:3]) == {bmpc.make_seed(1, "eval", j) for j in range(3)}
-    assert evaluated.count(bmpc.make_seed(1, "eval", 0)) == 2 * 4  # at 10, 20, 30 and 40, planner and policy
-    other = run_loop(small_args(), FakeEnvs([5, 7]), tmp_path / "again")  # without evaluation
-    states = [{k: x for k, x in each.state_dict().items() if k != "args"} for each in (run, other)]
-    assert same(*states)
 
 
 def test_metrics_are_the_means_of_all_updates_of_an_interval():
