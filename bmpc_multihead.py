@@ -1689,6 +1689,8 @@ def choose_device(args):
     try:
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(best if args.device == "auto" else args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only auto, cpu, cuda and cuda:N are supported")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise Refused(f"--device {args.device}: {first_line(e)}") from e
