@@ -7,7 +7,7 @@
     python sweep_list/report.py --replot DIR         that page once more, from the CSVs alone
 
 The list of runs comes from sweeps.sh on standard input, one a line, its fields separated by tabs. The numbers come from
-each run's metrics.csv. Sections: runs and their metrics, kept runs, status, statistics, answers, figures, the page.
+each run's metrics.csv.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import math
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +99,11 @@ def keep(runs: list[Run], folder: Path) -> None:
             lines.append(",".join([f"{step:.0f}", f"{step * run.args['action_repeat']:.0f}", *values]))
         (folder / f"{run.directory.name}.csv").write_text("\n".join(lines) + "\n")
         last_start = json.loads((run.directory / "versions.json").read_text())[-1]
-        last_start.pop("command", None)
         about[run.directory.name] = {key: getattr(run, key) for key in ABOUT} | {
             "command": re.sub(r"^\S+ (\S*/)?", "python ", run.command),  # no interpreter's and no script's folder
             "args": {key: run.args[key] for key in ("action_repeat", *SIZES) if key in run.args},
             "decisions_a_second": [round(float(speed), 1) for speed in speeds([run])],
-            "versions": last_start,
+            "versions": {key: value for key, value in last_start.items() if key != "command"},
         }
     lines = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(about.items())]  # a line for each
     (folder / "runs.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -149,8 +148,7 @@ def print_status(runs: list[Run]) -> int:
         last_return = f"{returns[-1, 1]:.1f}" if len(returns) else "-"
         eta = "-"
         if state == "running" and len(speed) and speed[-1, 1] > 0:
-            minutes = int((run.steps - step) / speed[-1, 1] / 60)
-            eta = f"{minutes // 60} h {minutes % 60:02d} m"
+            eta = "{} h {:02d} m".format(*divmod(int((run.steps - step) / speed[-1, 1] / 60), 60))
         name = run.log if state == "failed" else run.directory.name
         print(f"{state:8} {f'{step}/{run.steps}':>15} {last_return:>8} {eta:>9}  {name}")
     counts = {state: states.count(state) for state in ("done", "running", "failed", "waiting")}
@@ -172,66 +170,88 @@ def area_under_curve(curve: np.ndarray) -> float:
     return float(np.trapezoid(curve[:, 1], curve[:, 0]) / (curve[-1, 0] - curve[0, 0]))
 
 
-def largest_drop(curve: np.ndarray) -> float:
-    """How far an evaluation fell below the best one before it, at worst. Small is stable."""
-    return float((np.maximum.accumulate(curve[:, 1]) - curve[:, 1]).max())
-
-
-MEASURES = {"final return": final_return, "area under the curve": area_under_curve, "largest drop": largest_drop}
-
-
-def half_width(values: np.ndarray) -> np.ndarray:
-    """Half of the 95 % t-interval of the mean over the first axis, two seeds or more."""
-    n = len(values)
-    return scipy.stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
+MEASURES = {
+    "area under the planner's curve": (area_under_curve, PLANNER),
+    "final return": (final_return, PLANNER),
+    "area under the policy's curve": (area_under_curve, POLICY),
+}
+PRIMARY, *_ = MEASURES  # it decides; the others stand beside it
 
 
 @dataclass
 class Difference:
-    """Mean over seeds less the baseline's, its 95 % bootstrap interval, how often chance alone separates as much."""
+    """A configuration less its baseline in one measure; seed by seed where both have the same seeds."""
 
-    mean: float
-    low: float
+    apart: np.ndarray  # (seeds,), less the baseline's run of the same seed, or less its mean
+    base: float  # the baseline's mean
+    paired: bool
+    deviation: float  # between pairs, or between the seeds of a side
+    variance_ratio: float  # of a paired difference to an unpaired one, from the seeds that both have
+    low: float  # the 95 % interval; nan with fewer than three seeds a side
     high: float
-    p: float
-    seeds: float  # a side, that would tell it
+    p: float  # of a permutation test; `group_runs` corrects it
+    smallest: float  # p that so many seeds can have, before the correction
+    tests: int = 1  # how many configurations p is corrected for
+
+    def percent(self, value: float | np.ndarray):
+        return 100 * value / (abs(self.base) or math.nan)
+
+    @property
+    def verdict(self) -> str:
+        if math.isnan(self.low):
+            return "undecided"
+        if self.p <= 0.05 and (self.low > 0 or self.high < 0):
+            return "better" if self.low > 0 else "worse"
+        return f"no difference larger than {np.ceil(self.percent(max(abs(self.low), abs(self.high)))):.0f} %"
+
+    @property
+    def seeds(self) -> str:
+        """Seeds a side with which a difference of this size has a corrected p of 0.05 at most, with power 0.8.
+
+        Student's t of n pairs is noncentral by d sqrt(n), that of n seeds a side by d sqrt(n / 2), where d is the
+        difference over the standard deviation: Cohen, Statistical Power Analysis for the Behavioral Sciences, ch. 2.
+        """
+        n, sides, alpha = np.arange(2, 1001), 2 - self.paired, 0.05 / self.tests
+        shift = np.sqrt(n / sides) * min(abs(self.apart.mean()) / (self.deviation or 1e-9), 20)
+        limit = scipy.stats.t.isf(alpha / 2, sides * (n - 1))
+        power = sum(scipy.stats.nct.sf(limit, sides * (n - 1), side * shift) for side in (1, -1))
+        enough = n[(power >= 0.8) & (smallest_p(n, n, self.paired) <= alpha)]
+        return str(enough[0]) if len(enough) else "over 1000"
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{self.apart.mean():+.1f}" + (f" [{self.low:+.1f}, {self.high:+.1f}]" if self.low <= self.high else "")
 
 
-def difference(values: np.ndarray, baseline: np.ndarray) -> Difference:
-    """The bootstrap draws seeds anew on both sides. p is the exact permutation test's, which two seeds cannot fool."""
-    generator = np.random.default_rng(0)
-    sides = (values, baseline)
-    means = [side[generator.integers(len(side), size=(10_000, len(side)))].mean(1) for side in sides]
-    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
-    apart = lambda x, y, axis: x.mean(axis) - y.mean(axis)
-    p = scipy.stats.permutation_test(sides, apart, vectorized=True, n_resamples=10_000, rng=generator).pvalue
-    return Difference(values.mean() - baseline.mean(), low, high, p, seeds_to_tell(values, baseline))
+def smallest_p(n, other_n, paired: bool):
+    """Two of all the ways to deal the runs to the two sides: pairs one to each, else in any manner."""
+    return 2.0 ** (1 - n) if paired else 2 / scipy.special.comb(n + other_n, n)
 
 
-def seeds_to_tell(values: np.ndarray, baseline: np.ndarray) -> float:
-    """Seeds a side with which a two-sided t-test at 5 % finds a difference of the size seen with power 0.8.
-
-    With n seeds a side and Cohen's d (the difference over the pooled standard deviation), Student's t follows the
-    noncentral t distribution with 2 (n - 1) degrees of freedom and noncentrality d sqrt(n / 2): Cohen, Statistical
-    Power Analysis for the Behavioral Sciences, chapter 2. The smallest such n; infinity if it is above 1 000.
-    """
-    gap = abs(values.mean() - baseline.mean())
-    deviation = math.sqrt((values.var(ddof=1) + baseline.var(ddof=1)) / 2)
-    n = np.arange(2, 1001)
-    d = min(gap / deviation, 20) if deviation else 20 * (gap > 0)  # two seeds tell 20, whatever is beyond it
-    limit = scipy.stats.t.ppf(0.975, 2 * (n - 1))
-    power = sum(scipy.stats.nct.sf(limit, 2 * (n - 1), side * d * np.sqrt(n / 2)) for side in (1, -1))
-    return int(n[power >= 0.8][0]) if (power >= 0.8).any() else math.inf
+def difference(own: dict[int, float], baseline: dict[int, float]) -> Difference:  # by seed, two seeds at least
+    """The bootstrap draws seeds anew, pairs or each side its own; the permutation test deals them to the sides anew."""
+    paired = own.keys() == baseline.keys()
+    x, y = (np.array([side[seed] for seed in sorted(own.keys() & baseline.keys())]) for side in (own, baseline))
+    ratio = (x - y).var() / ((x.var() + y.var()) or math.nan) if len(x) > 1 else math.nan
+    if not paired:
+        x, y = (np.array(list(side.values())) for side in (own, baseline))
+    apart, base = x - (y if paired else y.mean()), y.mean()
+    deviation = apart.std(ddof=1) if paired else math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    how = lambda: dict(vectorized=True, n_resamples=10_000, rng=np.random.default_rng(0))
+    statistic, deal = lambda x, y, axis: x.mean(axis) - y.mean(axis), "samples" if paired else "independent"
+    p = scipy.stats.permutation_test((x, y), statistic, permutation_type=deal, **how()).pvalue
+    low = high = math.nan
+    with warnings.catch_warnings(action="ignore"):  # BCa is nan, and says so, where seeds are too much alike
+        for method in ("percentile", "BCa") if min(len(x), len(y)) > 2 else ():
+            found = scipy.stats.bootstrap((x, y), statistic, paired=paired, method=method, **how()).confidence_interval
+            low, high = found if np.isfinite(found).all() else (low, high)
+    return Difference(apart, base, paired, deviation, ratio, low, high, p, smallest_p(len(x), len(y), paired))
 
 
 def holm(ps: list[float]) -> list[float]:
     """Holm's correction: several configurations are several chances to be lucky."""
     order = np.argsort(ps)
-    raised = np.maximum.accumulate([min(1.0, (len(ps) - i) * ps[j]) for i, j in enumerate(order)])
-    return [float(raised[list(order).index(j)]) for j in range(len(ps))]
+    raised = np.maximum.accumulate(np.minimum(1, np.arange(len(ps), 0, -1) * np.array(ps)[order]))
+    return raised[np.argsort(order)].tolist()
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -244,34 +264,38 @@ class Group:
     task: str
     configurations: dict[str, list[Run]]
     baseline: list[Run]
+    differences: dict[str, dict[str, Difference]]  # measure -> configuration, of two seeds at least -> to the baseline
 
     @property
     def runs(self) -> list[Run]:
         return [run for runs in self.configurations.values() for run in runs]
 
-    @cached_property
-    def differences(self) -> dict[str, dict[str, Difference]]:  # measure -> configuration, of two seeds at least -> ...
-        found: dict[str, dict[str, Difference]] = {name: {} for name in MEASURES}
-        for name, function in MEASURES.items():
-            baseline = measured(self.baseline, function)
-            for configuration, runs in self.configurations.items():
-                values = measured(runs, function)
-                if min(len(values), len(baseline)) > 1:
-                    found[name][configuration] = difference(values, baseline)
-        return found
+
+def by_seed(runs: list[Run], function, tag: str = PLANNER) -> dict[int, float]:  # of the finished runs
+    return {run.seed: function(run.curve(tag)) for run in runs if run.done and len(run.curve(tag))}
 
 
 def measured(runs: list[Run], function, tag: str = PLANNER) -> np.ndarray:  # (finished seeds,)
-    return np.array([function(run.curve(tag)) for run in runs if run.done and len(run.curve(tag))])
+    return np.array(list(by_seed(runs, function, tag).values()))
 
 
 def group_runs(runs: list[Run]) -> dict[str, list[Group]]:  # sweep -> one group a task
+    """Each configuration is compared with its baseline; p of a measure is corrected for all of them together."""
     sweeps: dict[str, dict[str, Group]] = {}
     for run in runs:
         baseline = [b for b in runs if b.sweep == run.baseline != run.sweep and b.task == run.task]
-        group = sweeps.setdefault(run.sweep, {}).setdefault(run.task, Group(run.task, {}, baseline))
+        group = sweeps.setdefault(run.sweep, {}).setdefault(run.task, Group(run.task, {}, baseline, {}))
         group.configurations.setdefault(run.configuration, []).append(run)
-    return {sweep: list(groups.values()) for sweep, groups in sweeps.items()}
+    groups = [group for tasks in sweeps.values() for group in tasks.values()]
+    for name, measure in MEASURES.items():
+        for group in groups:
+            sides = {c: by_seed(runs, *measure) for c, runs in group.configurations.items()}
+            base = by_seed(group.baseline, *measure)
+            group.differences[name] = {c: difference(x, base) for c, x in sides.items() if min(len(x), len(base)) > 1}
+        found = [one for group in groups for one in group.differences[name].values()]
+        for one, p in zip(found, holm([one.p for one in found]), strict=True):
+            one.p, one.tests = p, len(found)
+    return {sweep: list(tasks.values()) for sweep, tasks in sweeps.items()}
 
 
 def answer(group: Group) -> list[str]:
@@ -281,41 +305,32 @@ def answer(group: Group) -> list[str]:
         beside = f", baseline {done[1]} of {len(group.baseline)}" if group.baseline else ""
         return [f"**not enough data**: {done[0]} of {len(group.runs)} runs{beside}"]
     if group.baseline:
-        if min(len(runs) for runs in [*group.configurations.values(), group.baseline]) < 2:
-            return ["**not enough data**: one seed gives no interval."]
-        return [f"**{name.capitalize()}: {verdict(differences)}" for name, differences in group.differences.items()]
-    lines = []
-    for configuration, runs in group.configurations.items():
-        planner, policy = (spread(measured(runs, final_return, tag)) for tag in (PLANNER, POLICY))
-        lines.append(f"`{configuration}` ends at {planner} with the planner and at {policy} with the policy alone.")
-    return lines
+        text = "- `{}`: **{}**, {}; seeds a side that would tell a difference of this size: {}"
+        lines = [text.format(c, one.verdict, one, one.seeds) for c, one in group.differences[PRIMARY].items()]
+        return ["\n".join(lines) or "**not enough data**: one seed gives no interval."]
+    text, tags = "`{}` ends at {} with the planner and at {} with the policy alone.", (PLANNER, POLICY)
+    ends = {c: [measured(runs, final_return, tag) for tag in tags] for c, runs in group.configurations.items()}
+    return [text.format(c, *map(spread, values)) for c, values in ends.items()]
 
 
-def verdict(differences: dict[str, Difference]) -> str:
-    """A few seeds part by chance, so an interval without 0 is not enough: the permutation test has to agree."""
-    others = {c: d for c, d in differences.items() if c != BASELINE_AGAIN}
-    chances = dict(zip(others, holm([d.p for d in others.values()]), strict=True))
-    clear = [c for c, d in others.items() if d.low > 0 or d.high < 0]
-    sure = [c for c in clear if chances[c] <= 0.05]
-    listed = "; ".join(f"`{c}` {others[c]}" for c in sure or clear)
-    p = max((chances[c] for c in sure or clear), default=1)
-    if sure:
-        text = f"differs from the baseline.** {listed} (p at most {p:.2g})."
-    elif clear:
-        text = f"undecided.** {listed}: an interval without 0, but so few seeds part by chance (p up to {p:.2g})."
-    else:
-        text = "no difference seen.** Every interval holds 0."
-    needed = {c: d.seeds for c, d in others.items() if c not in sure}
-    numbers = ", ".join(f"`{c}` {n if n < math.inf else 'over 1000'}" for c, n in needed.items())
-    return text + (f" Seeds a side that would tell it: {numbers}." if needed else "")
+def overview(groups: list[Group]) -> str:
+    """Whether so few seeds can tell so many configurations apart, and what pairing gave."""
+    found = [(c, one) for group in groups for c, one in group.differences[PRIMARY].items()]
+    smallest = min(1, len(found) * min(one.smallest for _, one in found))
+    text = f"p, corrected for {len(found)} configurations, cannot be below {smallest:.2g} with these seeds."
+    ratios = [one.variance_ratio for c, one in found if c != BASELINE_AGAIN and one.variance_ratio >= 0]
+    if not ratios:
+        return text
+    text += f" Pairing by seed reduces the variance of {sum(r < 1 for r in ratios)} of {len(ratios)} differences"
+    return f"{text} (paired over unpaired: median {np.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f})."
 
 
 def coincidence(group: Group) -> list[str]:
     """Sweep 2c holds the baseline once more. The same seed must give the same curve to the last bit."""
     lines = []
     for run in group.configurations.get(BASELINE_AGAIN, []):
-        mine = dict(run.curve())
-        twin = next((dict(other.curve()) for other in group.baseline if other.seed == run.seed), {})
+        twins = [dict(other.curve()) for other in group.baseline if other.seed == run.seed]
+        mine, twin = dict(run.curve()), twins[0] if twins else {}
         shared = sorted(mine.keys() & twin.keys())
         apart = [step for step in shared if mine[step] != twin[step]]
         text = f"the curves coincide bit for bit at {len(shared)} of {len(mine)} evaluations"
@@ -328,86 +343,88 @@ def coincidence(group: Group) -> list[str]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def draw_curve(axis, runs: list[Run], label: str, colour: str, bar_at: float, tag: str = PLANNER) -> None:
-    """The mean over seeds as far as all of them have come, the seeds as thin lines, 95 % t-intervals of the mean."""
-    curves = [dict(run.curve(tag)) for run in runs if len(run.curve(tag))]
-    if not curves:
-        return
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, evaluations)
-    axis.plot(steps, values.mean(0), label=label, color=colour, linewidth=2, zorder=4)
-    axis.plot(steps, values.T, color=colour, linewidth=0.6, alpha=0.5, zorder=3)
-    if len(curves) > 2:  # with two the band is 12.7 standard errors wide, and pinched wherever they happen to meet
-        low, high = values.mean(0) - half_width(values), values.mean(0) + half_width(values)
-        axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)
-    finals = measured(runs, final_return, tag)
-    if len(finals) > 1:
-        look = dict(color=colour, linewidth=1.5, capsize=2.5, marker="o", markersize=3)
-        axis.errorbar(bar_at, finals.mean(), half_width(finals), **look)
-
-
 def draw_panel(axis, group: Group, configuration: str) -> None:
+    """The mean over seeds as far as all of them have come, the seeds as thin lines."""
     from matplotlib.ticker import EngFormatter
 
-    own = group.configurations[configuration]
-    last_step = max((run.curve()[-1, 0] for run in own + group.baseline if len(run.curve())), default=0) or 1
-    repeat = next((run.args["action_repeat"] for run in own + group.baseline if run.args), 1)
-    if group.baseline:  # in Okabe and Ito's colours, safe for the colour-blind
-        draw_curve(axis, group.baseline, "baseline", "black", 1.03 * last_step)
-        draw_curve(axis, own, "configuration", "#D55E00", 1.07 * last_step)
-    else:
-        draw_curve(axis, own, "policy alone", "#0072B2", 1.03 * last_step, POLICY)
-        draw_curve(axis, own, "planner", "black", 1.07 * last_step)
-    named = group.baseline or len(group.configurations) > 1
-    axis.set_title(group.task + ("\n" + configuration.replace("__", ", ") if named else ""), fontsize=10)
-    axis.set_xlabel("decisions")
-    axis.set_xlim(0, 1.1 * last_step)
-    axis.spines["right"].set_visible(False)
+    own, base = group.configurations[configuration], group.baseline
+    lines = [("policy alone", "#0072B2", own, POLICY), ("planner", "black", own, PLANNER)]
+    if base:  # in Okabe and Ito's colours, safe for the colour-blind
+        lines = [("baseline", "black", base, PLANNER), ("configuration", "#D55E00", own, PLANNER)]
+    for label, colour, runs, tag in lines:
+        if curves := [dict(run.curve(tag)) for run in runs if len(run.curve(tag))]:
+            steps = sorted(set.intersection(*map(set, curves)))
+            values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, evaluations)
+            axis.plot(steps, values.mean(0), label=label, color=colour, linewidth=2, zorder=4)
+            axis.plot(steps, values.T, color=colour, linewidth=0.6, alpha=0.5, zorder=3)
+    axis.set_title(f"{group.task}\n{configuration.replace('__', ', ')}", fontsize=10)
+    repeat = next((run.args["action_repeat"] for run in own + base if run.args), 1)
+    axis.set_xlabel("decisions" + (f", each {repeat} env steps" if repeat > 1 else ""))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.locator_params(axis="x", nbins=5)
+    axis.spines[["right", "top", "bottom"]].set_visible(False)
     axis.grid(alpha=0.25)
-    env_steps = axis.secondary_xaxis("top", functions=(lambda x: x * repeat, lambda x: x / repeat))
-    env_steps.set_xlabel("env steps", fontsize=9)
-    for scale in (axis, env_steps):
-        scale.xaxis.set_major_formatter(EngFormatter(sep=""))
-        scale.locator_params(axis="x", nbins=5)
+    axis.axhline(0, color="black", linewidth=0.8)
 
 
 def draw_sweep(groups: list[Group], file: Path) -> None:
-    """A panel for each configuration, against the baseline. Its height follows the lines; a wide band is cut off."""
+    """A panel for each configuration, against the baseline."""
     from matplotlib.figure import Figure
 
-    panels = sum(len(group.configurations) for group in groups)
-    columns = min(panels, 2 if panels in (2, 4) else 3)
-    rows = math.ceil(panels / columns)
-    size = (4.2 * columns, 3.6 * rows) if columns > 1 else (6.8, 4.2)
-    figure = Figure(figsize=size)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    free = iter(axes.flat)
-    for group in groups:
-        own = {configuration: next(free) for configuration in group.configurations}
-        for configuration, axis in own.items():
-            draw_panel(axis, group, configuration)
-        lines = [line.get_ydata() for axis in own.values() for line in axis.get_lines()]
-        top = max((max(line) for line in lines if len(line) > 1), default=1)  # a line of one point is a bar's end
-        for axis in own.values():
-            axis.set_ylim(0, 1.08 * top or 1)
-    for axis in free:
-        axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("evaluation return")
-    keys = dict(key for axis in axes.flat for key in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    panels = [(group, configuration) for group in groups for configuration in group.configurations]
+    columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if columns > 1 else (6.8, 4.2))
+    for i, panel in enumerate(panels, 1):
+        alike = figure.axes[0] if figure.axes and len(groups) == 1 else None
+        draw_panel(figure.add_subplot(rows, columns, i, sharey=alike), *panel)
+    figure.supylabel("evaluation return", fontsize=10)
     figure.tight_layout()
-    figure.legend(keys.values(), keys.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=6, frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    keys = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(keys.values(), keys, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
     figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
+def draw_forest(groups: list[Group], file: Path) -> None:
+    """Every configuration against its baseline in the first measure, under its question; each seed is a dot."""
+    from matplotlib.figure import Figure
+
+    rows = []
+    for group in groups:
+        rows.append((f"{group.runs[0].question} ({group.task})", group, None))
+        rows += [(c, group, one) for c, one in group.differences[PRIMARY].items()]
+    axis = Figure(figsize=(6, 1 + 0.25 * len(rows))).subplots()
+    axis.set_yticks(range(len(rows)), [row[0].replace("__", ", ") for row in rows], fontsize=8.5)
+    write = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=8, family="monospace")
+    columns = "{:24}{:>6}{:>8}  {}"
+    axis.text(1.02, -1, columns.format("difference [95 %]", "p", "speed", "answer"), **write)
+    for y, (name, group, one) in enumerate(rows):
+        if one:
+            colour = {"better": "#0072B2", "worse": "#D55E00"}.get(one.verdict, "black")
+            axis.plot(one.percent(one.apart), [y] * len(one.apart), "o", color=colour, alpha=0.3, markersize=3)
+            axis.plot([one.percent(one.low), one.percent(one.high)], [y, y], color=colour, linewidth=1.5)
+            axis.plot(one.percent(one.apart.mean()), y, "D", color=colour, markersize=5)
+            cells = str(one), f"{one.p:.2g}", cost(group.configurations[name], group.baseline), one.verdict
+            axis.text(1.02, y, columns.format(*cells), color=colour, **write)
+        else:
+            axis.get_yticklabels()[y].set_weight("bold")
+    axis.axvline(0, color="black", linewidth=0.8, zorder=1)
+    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{PRIMARY}, difference in % of the baseline's")
+    axis.tick_params("y", length=0)
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["left", "right", "top"]].set_visible(False)
+    axis.figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
 def spread(values: np.ndarray) -> str:
+    """The mean over seeds and half of its 95 % t-interval."""
     if not len(values):
         return "-"
-    return f"{values.mean():.1f}" + (f" ± {half_width(values):.1f}" if len(values) > 1 else "")
+    interval = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values) if len(values) > 1 else math.nan
+    return f"{values.mean():.1f}" + (f" ± {interval:.1f}" if len(values) > 1 else "")
 
 
 def speeds(runs: list[Run]) -> np.ndarray:  # (finished seeds,), medians of decisions a second after the quick warm-up
@@ -416,16 +433,21 @@ def speeds(runs: list[Run]) -> np.ndarray:  # (finished seeds,), medians of deci
     return np.array([np.median(values) for values in learning if len(values)])
 
 
+def cost(runs: list[Run], baseline: list[Run]) -> str:
+    own, base = speeds(runs), speeds(baseline)
+    return f"× {own.mean() / base.mean():.2f}" if len(own) and len(base) else "-"
+
+
 def table(group: Group) -> str:
-    header = ["configuration", "seeds", "final return", "difference", "area under the curve", "difference"]
-    lines = [[*header, "largest drop", "policy alone", "decisions a second"], ["---"] * 9]
+    lines = [["configuration", "seeds", *MEASURES, "decisions a second"], ["---"] * 6]
     shown = ({"baseline": group.baseline} if group.baseline else {}) | group.configurations
     for configuration, runs in shown.items():
-        final, area, drop = (spread(measured(runs, function)) for function in MEASURES.values())
-        apart = [str(differences.get(configuration, "-")) for differences in group.differences.values()]
-        others = [drop, spread(measured(runs, final_return, POLICY)), spread(speeds(runs))]
-        seeds = f"{sum(run.done for run in runs)} of {len(runs)}"
-        lines.append([f"`{configuration}`", seeds, final, apart[0], area, apart[1], *others])
+        cells = [f"`{configuration}`", f"{sum(run.done for run in runs)} of {len(runs)}"]
+        for name, measure in MEASURES.items():
+            one = group.differences[name].get(configuration)
+            cells.append(spread(measured(runs, *measure)) + (f"; {one}, p {one.p:.2g}" if one else ""))
+        speed = spread(speeds(runs)) + (f", {cost(runs, group.baseline)}" if group.baseline else "")
+        lines.append([*cells, speed])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -436,36 +458,35 @@ def page(runs: list[Run], out: Path) -> str:
         about.add(f"{run.task}, {run.steps:,} decisions" + (f" ({sizes})" if sizes else ""))
     done = f"{sum(run.done for run in runs)} of {len(runs)} runs are done. Runs: {'; '.join(sorted(about))}."
     parts = ["# Sweep report", f"{done} The answers hold for these tasks, sizes and lengths."]
-    for sweep, groups in group_runs(runs).items():
+    sweeps = group_runs(runs)
+    compared = [group for groups in sweeps.values() for group in groups if group.differences[PRIMARY]]
+    if compared:
+        draw_forest(compared, out / "figures" / "forest.png")
+        parts += ["## All configurations", overview(compared), "![Forest plot](figures/forest.png)"]
+    for sweep, groups in sweeps.items():
         parts.append(f"## {groups[0].runs[0].question} ({sweep})")
         for group in groups:
-            where = f"{group.task}: " if len(groups) > 1 else ""
-            parts += [where + line for line in answer(group) + coincidence(group)]
+            parts += [f"**{group.task}**"] * (len(groups) > 1) + answer(group) + coincidence(group) + [table(group)]
         if any(len(run.curve()) for group in groups for run in group.runs):
             draw_sweep(groups, out / "figures" / f"{sweep}.png")
             parts.append(f"![Learning curves of {sweep}](figures/{sweep}.png)")
-        for group in groups:
-            parts += [f"**{group.task}**"] * (len(groups) > 1) + [table(group)]
     return "\n\n".join([*parts, NOTES])
 
 
 NOTES = """\
 ## How to read this
 
-Curves: evaluations with the planner, the mean over seeds in bold, the seeds as thin lines. The bars at the right are
-95 % t-intervals of the mean final return; from three seeds on each evaluation has its interval as a band. With two
-seeds the t-interval reaches 12.7 standard errors to either side; the figure cuts it off.
+Forest plot: dots are seeds, diamonds estimates, lines intervals. Curves: evaluations with the planner, the mean over
+seeds in bold, the seeds as thin lines. Area under a curve: over its length, so it is a mean return. Final return: mean
+of the last three evaluations. ± is half a 95 % t-interval.
 
-Final return: mean of the last three evaluations. Area under the curve: divided by the steps, so it is a mean return.
-Largest drop: the furthest an evaluation fell below an earlier one. ± is half a 95 % t-interval over seeds.
-
-Difference: to the baseline, with a 95 % bootstrap interval over seeds. With two seeds a side this interval is narrow:
-chance alone parts two pairs completely in one case of three. A difference counts as seen only if an exact permutation
-test, corrected for the number of configurations (Holm), gives p of 0.05 or less, which takes at least four seeds a
-side. Seeds a side that would tell it: the difference seen, by a two-sided t-test at 5 % with power 0.8, for one
-configuration, were the spread the one seen. From two or three seeds both are rough.
-
-Decisions a second: the median of charts/SPS after the warm-up. It depends on the machine and on what else ran there.
+After the semicolon: the difference to the baseline, of pairs where both have the same seeds, else of the means; its
+95 % bootstrap interval (BCa) from three seeds on, too narrow (with 6 pairs it holds the truth in 85 %); p of a
+permutation test (pairs: of signs), corrected by Holm for all configurations of the report, each measure by itself. The
+area under the planner's curve decides: better or worse with p of at most 0.05 and an interval without 0; else no
+difference larger than the interval's far end, in % of the baseline's; undecided with two seeds. Seeds that would tell
+it: the same test with power 0.8, were difference and spread those seen; from few seeds it is rough. Decisions a second:
+the median of charts/SPS after the warm-up, and over the baseline's; other work on the machine shows in them.
 """
 
 
@@ -489,7 +510,7 @@ def main() -> int:
         keep(runs, out)
     if options.export or options.replot:
         runs = kept(out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(page(runs, out))
     print(out / "report.md")
     return 0

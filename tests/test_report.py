@@ -1,6 +1,7 @@
 """sweep_list/report.py: the numbers it prints are the runs' numbers, and it says no more than they support."""
 
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -29,16 +30,8 @@ class Lab:
     def run(self, sweep, configuration, seed, curve=(), done=True, task="dog-run"):
         directory = self.folder / "runs" / f"{task}__bmpc__{seed}__{sweep}__{configuration}"
         baseline = re.sub(r"2[a-h]_\w+$", "1_test", sweep)
-        fields = [
-            directory,
-            400,
-            sweep,
-            baseline,
-            configuration,
-            seed,
-            "Is it better?",
-            f"/bin/python {ROOT}/bmpc.py --x 2",
-        ]
+        fields = [directory, 400, sweep, baseline, configuration, seed, "Is it better?"]
+        fields.append(f"/bin/python {ROOT}/bmpc.py --x 2")
         self.lines.append("\t".join(map(str, fields)) + "\n")
         if not len(curve):
             return self
@@ -78,33 +71,88 @@ def lab(tmp_path):
     return Lab(tmp_path)
 
 
+def by_seed(values, first=1):
+    return dict(enumerate(map(float, values), first))
+
+
 def test_measures_of_a_curve_and_intervals_of_means():
     curve = np.array([[0, 0], [100, 10], [400, 40], [500, 20], [600, 30]], dtype=float)
     assert report.final_return(curve) == pytest.approx(30)
     assert report.area_under_curve(curve) == pytest.approx((500 + 7500 + 3000 + 2500) / 600)
-    assert report.largest_drop(curve) == 20
-    assert report.area_under_curve(curve[:1]) == 0 == report.largest_drop(curve[:1])
-    # Student's t is 12.706 for 2 seeds, 4.303 for 3
-    assert report.half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    curves = np.array([[1.0, 4.0], [3.0, 4.0]])  # over seeds, evaluation by evaluation
-    assert report.half_width(curves) == pytest.approx([12.706, 0], rel=1e-4)
+    assert report.area_under_curve(curve[:1]) == 0
+    # Student's t is 12.706 for two seeds, 4.303 for three
+    spreads = [report.spread(np.array(x)) for x in ([], [1], [1, 3], [10, 20, 30])]
+    assert spreads == ["-", "1.0", "2.0 ± 12.7", "20.0 ± 24.8"]
 
 
-def test_difference_of_two_pairs():
-    found = report.difference(np.array([20.0, 24.0]), np.array([10.0, 12.0]))
-    assert (found.mean, found.low, found.high) == (11, 8, 14)  # the extreme draws, 1/16 each, lie beyond 2.5 %
-    assert found.p == pytest.approx(1 / 3) and str(found) == "+11.0 [+8.0, +14.0]"
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("gap", [0, 3, 30])
+def test_p_is_that_of_every_way_to_deal_the_seeds(paired, gap):
+    """Pairs: every choice of signs. Else: every choice of five of the ten. Twice the smaller tail."""
+    draw = np.random.default_rng(gap)
+    own, base = draw.normal(100 + gap, 5, 5), draw.normal(100, 5, 5)
+    one = report.difference(by_seed(own), by_seed(base, 1 if paired else 2))
+    seen, everyone = own.mean() - base.mean(), [*own, *base]
+    if paired:
+        dealt = [np.mean(signs * (own - base)) for signs in itertools.product((1, -1), repeat=5)]
+    else:
+        sides = itertools.combinations(range(10), 5)
+        dealt = [2 * np.mean([everyone[i] for i in side]) - 2 * np.mean(everyone) for side in sides]
+    tails = np.mean(np.array(dealt) >= seen - 1e-9), np.mean(np.array(dealt) <= seen + 1e-9)
+    assert one.p == pytest.approx(min(1, 2 * min(tails))) and one.apart.mean() == pytest.approx(seen)
+    assert (one.paired, one.smallest) == (paired, 2 / len(dealt)) and (one.p == one.smallest or gap < 30)
 
 
-@pytest.mark.parametrize("d, seeds", [(0.2, 394), (0.5, 64), (0.8, 26), (1.0, 17), (1.2, 12), (0, math.inf), (99, 2)])
-def test_seeds_to_tell(d, seeds):
-    """Against Cohen's table 2.4.1 for a two-sided 5 % and power 0.8, in which these d take so many on each side."""
-    side = np.array([-1.0, 0.0, 1.0])  # of standard deviation 1
-    assert report.seeds_to_tell(10 * side - 10 * d, 10 * side) == report.seeds_to_tell(side + d, side) == seeds
+def test_pairs_share_their_luck():
+    """Where seeds are lucky on both sides pairs tell a difference that unpaired seeds do not; order means nothing."""
+    luck = np.array([0, 50, 10, 90, 30, 70, 20])
+    own, base = luck + [5, 6, 7, 5, 6, 7, 6], luck + 100
+    one = report.difference(dict(reversed(by_seed(own + 100).items())), by_seed(base))
+    assert str(one).startswith("+6.0 [+5.") and one.p == 2 / 2**7 and one.verdict == "better"
+    assert report.difference(by_seed(base), by_seed(own + 100)).verdict == "worse"
+    assert one.variance_ratio == pytest.approx(np.var(own - base) / (np.var(own) + np.var(base)))
+    apart = report.difference(by_seed(own + 100), by_seed([*base, 150]))
+    assert not apart.paired and apart.variance_ratio == one.variance_ratio and apart.low < -10 and apart.high > 10
+    far_end = max(-apart.low, apart.high) / apart.base
+    assert apart.verdict == f"no difference larger than {math.ceil(100 * far_end)} %"
+
+
+def test_intervals_cover():
+    """Of 95 % intervals about so many hold the truth; those of ten seeds a few less."""
+    draw, held = np.random.default_rng(0), [0, 0]
+    for paired in [True, False] * 50:
+        base = draw.normal(size=10)
+        one = report.difference(by_seed(draw.normal(3 + base * paired)), by_seed(base, 1 if paired else 2))
+        held[paired] += one.low <= 3 <= one.high
+    assert 42 <= min(held) and max(held) <= 49
+
+
+def test_an_interval_needs_three_seeds_and_may_have_no_width():
+    two = report.difference(by_seed([20, 24]), by_seed([10, 12]))
+    assert (str(two), two.verdict, two.p) == ("+11.0", "undecided", 0.5)
+    same = report.difference(by_seed([20, 24, 30]), by_seed([20, 24, 30]))
+    assert (str(same), same.verdict, same.p) == ("+0.0 [+0.0, +0.0]", "no difference larger than 0 %", 1)
+    assert report.difference(by_seed([1, 2, 3]), by_seed([0, 0, 0])).verdict == "no difference larger than nan %"
+
+
+TOLD = [(0, "over 1000", "over 1000"), (99, 6, 4), (0.2, 199, 394), (0.5, 34, 64), (0.8, 15, 26)]
+
+
+@pytest.mark.parametrize("d, pairs, a_side", TOLD)
+def test_seeds_to_tell(d, pairs, a_side):
+    """Against Cohen's table 2.4.1 for a two-sided 5 % and power 0.8, each side, and G*Power's numbers of pairs.
+
+    With six pairs or four a side a permutation test can give p of 0.05 at all."""
+    side = np.array([-10.0, 0.0, 10.0])  # of standard deviation 10
+    for needed, base in ((pairs, by_seed(side * 0)), (a_side, by_seed(side, 2))):
+        one = report.difference(by_seed(side - 10 * d), base)
+        assert one.seeds == str(needed) == report.difference(by_seed(side + 10 * d), base).seeds
+        one.tests = 23
+        assert d == 0 or int(one.seeds) > int(needed)
 
 
 def test_holm():
-    assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06]) and report.holm([0.9, 0.8]) == [1, 1]
 
 
 def test_metrics_are_read_as_they_stand(tmp_path):
@@ -124,52 +172,38 @@ def test_not_enough_data(lab):
     assert lab.answer("0__2a_utd") == ["**not enough data**: one seed gives no interval."]
 
 
-def test_no_difference_and_the_seeds_that_would_tell_it(lab):
-    lab.seeds("1_test", "baseline", 100, 120).seeds("2a_utd", "utd_ratio_2", 110, 130).seeds("2a_utd", "same", 100, 120)
-    final, _area, drop = lab.answer("2a_utd")
-    assert final == (  # d is 10 over the root of 200
-        "**Final return: no difference seen.** Every interval holds 0. "
-        "Seeds a side that would tell it: `utd_ratio_2` 33, `same` over 1000."
-    )
-    assert drop.startswith("**Largest drop: no difference seen.**")
-
-
-def test_two_seeds_apart_are_undecided(lab):
-    lab.seeds("1_test", "baseline", 100, 120).seeds("2a_utd", "utd_ratio_2", 500, 510).seeds("2a_utd", "other", 99, 130)
-    text = lab.answer("2a_utd")[0]
-    assert text.startswith("**Final return: undecided.** `utd_ratio_2` +395.0 [+380.0, +410.0]: an interval without 0")
-    assert "p up to 0.67" in text and text.endswith("that would tell it: `utd_ratio_2` 2, `other` 265.")
-
-
-def test_four_seeds_apart_differ(lab):
-    """2c's on/on has the baseline's numbers; it must not weigh on the correction for the other configurations."""
-    lab.seeds("1_test", "baseline", 100, 120, 110, 90).seeds("2c_expert_source", "other", 50, 60, 40, 45)
-    lab.seeds("2c_expert_source", report.BASELINE_AGAIN, 100, 120, 110, 90)
-    text = lab.answer("2c_expert_source")[0]
-    assert text.startswith("**Final return: differs from the baseline.** `other` -56.2 [") and "p at most 0.029" in text
-    assert report.BASELINE_AGAIN not in text and "would tell it" not in text
+def test_answers_are_corrected_for_every_configuration_of_the_report(lab):
+    """Of six pairs p is 1/32 at best: one configuration may be told, not two, wherever they are in the report."""
+    base = np.array([100, 120, 110, 90, 105, 95])
+    lab.seeds("1_test", "baseline", *base).seeds("2a_utd", "utd_ratio_2", *base + 40 + np.arange(6))
+    (text,) = lab.answer("2a_utd")
+    assert text.startswith("- `utd_ratio_2`: **better**, +31.9 [") and text.endswith("of this size: 6")
+    lab.seeds("2d_num_rollouts", "num_rollouts_4", *base - 40 - np.arange(6))
+    (text,) = lab.answer("2a_utd")
+    assert text.startswith("- `utd_ratio_2`: **no difference larger than") and text.endswith("of this size: 7")
+    (group,) = lab.groups("2a_utd")
+    assert [found["utd_ratio_2"].p for found in group.differences.values()] == [1 / 16] * 3
+    text = report.overview([group, *lab.groups("2d_num_rollouts")])
+    assert "for 2 configurations, cannot be below 0.062" in text and "variance of 2 of 2 differences" in text
 
 
 def test_tasks_and_sizes_are_not_mixed(lab):
+    """On a straight line to its three last evaluations a curve has three quarters of their height as its area."""
     for task, size, height in (("dog-run", "", 100), ("walker-walk", "", 900), ("dog-run", "0_small__", 10)):
-        lab.seeds(f"{size}1_test", "baseline", height, height + 5, task=task)
-        lab.seeds(f"{size}2a_utd", "utd_ratio_2", height + 2, height + 4, task=task)
-    final_returns = [lab.answer("2a_utd")[0], lab.answer("2a_utd")[3], lab.answer("0_small__2a_utd")[0]]
-    assert all("no difference seen" in line for line in final_returns)
+        lab.seeds(f"{size}1_test", "baseline", height, height + 5, height, height + 5, task=task)
+        lab.seeds(f"{size}2a_utd", "utd_ratio_2", *[0] * 3, height, task=task)
+    lines = lab.answer("2a_utd") + lab.answer("0_small__2a_utd")
+    assert [re.search(r"[+-]\d+\.\d", line)[0] for line in lines] == ["-58.1", "-508.1", "-7.5"]
 
 
-@pytest.mark.parametrize(
-    "at_300, words",
-    [
-        (100, "coincide bit for bit at 5 of 5 evaluations"),
-        (99, "**the curves differ**, first at decision 300: 99.0, not 100.0"),
-    ],
-)
-def test_coincidence(lab, at_300, words):
+def test_coincidence(lab):
     lab.seeds("1_test", "baseline", 100)
-    lab.run("2c_expert_source", report.BASELINE_AGAIN, 1, [0, 50, 100, at_300, 100])
+    lab.run("2c_expert_source", report.BASELINE_AGAIN, 1, [0, 50, 100, 100, 100])
     (line,) = report.coincidence(lab.groups("2c_expert_source")[0])
-    assert words in line and "is the baseline once more" in line
+    assert line.endswith("is the baseline once more. Seed 1: the curves coincide bit for bit at 5 of 5 evaluations.")
+    lab.run("0__2c_expert_source", report.BASELINE_AGAIN, 1, [0, 50, 100, 99, 100]).seeds("0__1_test", "baseline", 100)
+    (line,) = report.coincidence(lab.groups("0__2c_expert_source")[0])
+    assert line.endswith("Seed 1: **the curves differ**, first at decision 300: 99.0, not 100.0.")
 
 
 def test_the_page_and_what_is_kept(lab):
@@ -181,7 +215,8 @@ def test_the_page_and_what_is_kept(lab):
     sections = dict(re.findall(r"^## Is it better\? \((.*)\)\n\n(.*)$", text, re.M))
     assert [*sections] == ["1_test", "2a_utd", "2b_multihead"] and "4 of 6 runs are done" in text
     assert sections["2a_utd"] == "**not enough data**: 2 of 3 runs, baseline 2 of 2"
-    assert re.search(r"`utd_ratio_2` \| 2 of 2 \| 505.0 ± 63.5 \| \+395.0 \[\+380.0, \+410.0\] .* 60.0 ± 0.0 \|", text)
+    assert "| `utd_ratio_2` | 2 of 2 | 378.8 ± 47.6; +296.2, p 0.5 | 505.0 ± 63.5; +395.0, p 0.5 |" in text
+    assert text.count("60.0 ± 0.0, × 1.00 |") == 3 and "![Forest plot](figures/forest.png)" in text
 
     folder = lab.folder / "results"
     lab.page("--export", folder)
@@ -193,6 +228,7 @@ def test_the_page_and_what_is_kept(lab):
     about = json.loads((folder / "runs.json").read_text())["dog-run__bmpc__2__2a_utd__utd_ratio_2"]
     assert about["command"] == "python bmpc.py --x 2" and about["versions"] == {"torch": "2", "git_commit": "abc"}
     assert str(lab.folder) not in (folder / "runs.json").read_text()
+    assert {file.stem for file in folder.glob("figures/*")} == {"forest", "1_test", "2a_utd"}
     first = {file: file.read_bytes() for file in folder.rglob("*.*")}
     shutil.rmtree(folder / "figures")
     for directory in (lab.folder / "runs").glob("*utd_ratio*"):
