@@ -1064,8 +1064,9 @@ def compiled(args, device):
         say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
-    on_cuda = device.type == "cuda"  # there a launch is what costs: combo kernels are independent ones in one launch
-    options = {"triton.cudagraphs": args.cudagraphs and on_cuda, "combo_kernels": on_cuda}
+    on_cuda = device.type == "cuda"  # where a launch costs most: independent kernels in one, no copies out of padding
+    options = {"combo_kernels": on_cuda, "comprehensive_padding": False}
+    options |= {"triton.cudagraphs": args.cudagraphs and on_cuda}
     return Functions(
         *(announced(torch.compile(f, fullgraph=True, dynamic=False, options=options)) for f in Functions())
     )

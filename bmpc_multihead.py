@@ -780,9 +780,7 @@ class Plan(NamedTuple):
     mean: Tensor  # (S, T, A)
     std: Tensor  # (S, A) of the first action
     value: Tensor  # (S,) the drawn elite's return
-    spread: Tensor  # (S,) [V3] the std of the heads' return estimates, mean over the elites
-    bonus: Tensor  # (S,) its share of the elites' scores
-    proposed: Tensor  # (S,) the share of policy proposals among the elites
+    report: Tensor  # (S, 3) [V3] of the elites: the heads' std, the bonus's share of the scores, the policy's proposals
 
 
 def draw_plan(args, states, action_dim, horizon, generator):
@@ -849,7 +847,7 @@ def refine(model, z, mean, std, proposals, proposal_scores, noise, args, std_coe
     elite_spread = spread.gather(1, elite)  # (S, num_elites)
     bonus = std_coef * elite_spread
     share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)
-    report = torch.stack([elite_spread, share, (elite < proposals.shape[1]).float()]).mean(2)  # (3, S)
+    report = torch.stack([elite_spread, share, (elite < proposals.shape[1]).float()], 2).mean(1)  # (S, 3)
     return mean, std, elites, elite_scores, weights, report
 
 
@@ -874,7 +872,7 @@ def plan(model, policy, obs, mean, draws, args, std_coef):  # [V4] who plans say
     first = elites[torch.arange(len(z), device=z.device), chosen, 0]  # (S, A)
     action = (first + std[:, 0] * draws.noise).clamp(-1, 1)
     value = elite_scores.gather(1, chosen[:, None])[:, 0]
-    return Plan(action, first, elites[:, 0, 0], mean, std[:, 0], value, *report)  # [V3]
+    return Plan(action, first, elites[:, 0, 0], mean, std[:, 0], value, report)  # [V3]
 
 
 def plan_in_chunks(plan, model, policy, obs, mean, draws, args, std_coef):  # [V4]
@@ -919,8 +917,8 @@ def act(plan, model, obs, mean, args, draws):
     metrics = {"planner/elite_std": acting.std.mean(), "planner/value": acting.value.mean()}
     metrics["planner/executed_minus_mean"] = (acting.action - acting.mean[:, 0]).abs().mean()
     if args.planner_num_dynamics_heads > 1:  # [V3]
-        metrics |= {"planner/return_disagreement": acting.spread.mean(), "planner/bonus_share": acting.bonus.mean()}
-        metrics["planner/proposal_share"] = acting.proposed.mean()
+        names = ("planner/return_disagreement", "planner/bonus_share", "planner/proposal_share")
+        metrics |= dict(zip(names, acting.report.mean(0), strict=True))
     return (acting.action, expert, acting.mean), metrics
 
 
@@ -1124,8 +1122,9 @@ def compiled(args, device):
         say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
-    on_cuda = device.type == "cuda"  # there a launch is what costs: combo kernels are independent ones in one launch
-    options = {"triton.cudagraphs": args.cudagraphs and on_cuda, "combo_kernels": on_cuda}
+    on_cuda = device.type == "cuda"  # where a launch costs most: independent kernels in one, no copies out of padding
+    options = {"combo_kernels": on_cuda, "comprehensive_padding": False}
+    options |= {"triton.cudagraphs": args.cudagraphs and on_cuda}
     return Functions(
         *(announced(torch.compile(f, fullgraph=True, dynamic=False, options=options)) for f in Functions())
     )

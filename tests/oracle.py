@@ -327,7 +327,9 @@ def plan(sim, z, mean, proposals, samples, elite_uniform, noise, args, coef=0.0)
         "mean": mean,
         "std": std[0],
         "value": scores[chosen],
-        "spread": np.mean(spreads),
-        "bonus": np.mean(abs(bonus) / (abs(bonus) + abs(np.array(scores) - bonus))),
-        "proposed": np.mean(proposed),
+        "report": [
+            np.mean(spreads),
+            np.mean(abs(bonus) / (abs(bonus) + abs(np.array(scores) - bonus))),
+            np.mean(proposed),
+        ],
     }

@@ -145,6 +145,12 @@ def checkpoint(path):
     return torch.load(path if path.is_file() else directory(path) / "checkpoint.pt", weights_only=True)
 
 
+def column(state, k):
+    """Column k of the rows of a checkpoint's buffer, in the order of bmpc.Batch: (steps, E, ...)."""
+    obs, A = (state["progress"][name].shape[-1] for name in ("obs", "mean"))
+    return state["buffer"]["rows"].split([obs, A, 2 * A, 1, 1, obs], -1)[k]
+
+
 def numbers(cwd):
     """The lines of metrics.csv, but for speeds."""
     with open(directory(cwd) / "metrics.csv", newline="") as file:

@@ -109,9 +109,10 @@ def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(t
         args = small_args(initial_expert_from_behavior=behavior, utd_ratio=0.001)
         runs.append(run_loop(args, FakeEnvs([5, 7]), tmp_path / str(behavior)))
     a, b = runs
-    assert torch.equal(stored(a.buffer).action, stored(b.buffer).action) and torch.equal(a.mean, b.mean)
+    one, other = stored(a.buffer), stored(b.buffer)
+    assert torch.equal(one.action, other.action) and torch.equal(a.mean, b.mean)
     assert torch.equal(a.draws["collect"].get_state(), b.draws["collect"].get_state())
-    assert not torch.equal(stored(a.buffer).expert, stored(b.buffer).expert)
+    assert not torch.equal(one.expert, other.expert)
 
 
 def test_a_separate_first_plan_is_unwarmed_noiseless_and_from_its_own_generator():

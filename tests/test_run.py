@@ -40,12 +40,6 @@ def cartpole(tmp_path_factory):
     return directory, run, metrics(directory)
 
 
-def columns(state, obs_dim, action_dim):
-    """The columns of a checkpoint's replay."""
-    buffer = bmpc.ReplayBuffer(bmpc.Args(buffer_size=4), bmpc.TaskInfo(obs_dim, action_dim, None), torch.device("cpu"))
-    return buffer.columns(state["buffer"]["rows"])
-
-
 # --- dm_control, from end to end
 
 
@@ -68,7 +62,9 @@ def test_a_run_reaches_its_updates_its_reanalyses_and_its_checkpoints_and_says_w
     state = bmpc.read_checkpoint(directory)
     progress = state["progress"]
     assert (progress["global_step"], progress["pretrained"], progress["updates"]) == (110, 30, 80)
-    assert (columns(state, 5, 1).expert[:15, :, 0] != 0).any()  # reanalyze gave warm-up rows, N(0, 1) at first, others
+    assert (
+        runs.column(state, 2)[:15, :, : state["progress"]["mean"].shape[2]] != 0
+    ).any()  # reanalyze gave warm-up rows, N(0, 1) at first, others
     assert json.loads((directory / "finished.json").read_text())["global_step"] == 110
     assert re.findall(r"checkpoint at (\d+)", run.said()) == ["0", "40", "80", "110"]
     assert not re.search("^warning|error|Traceback", run.warned(), re.MULTILINE)  # of its own; dm_control has some
@@ -89,7 +85,7 @@ def test_hopper_learns_from_its_terminations_and_stops_at_the_first_without_epis
     rows, state = metrics(directory), bmpc.read_checkpoint(directory)
     assert {"losses/termination", "losses/policy", "charts/episodic_return"} <= {tag for _, _, tag, _ in rows}
     lengths = [value for _, _, tag, value in rows if tag == "charts/episodic_length"]
-    assert columns(state, 11, 3).terminated.sum() == len(lengths) and max(lengths) < 1000  # all of them by falling
+    assert runs.column(state, 4).sum() == len(lengths) and max(lengths) < 1000  # all of them by falling
     assert re.fullmatch("bmpc.py: error: step .*Hopper-v5.*--episodic", stops.warned().strip().splitlines()[-1])
     assert not (tmp_path / "runs" / "Hopper-v5__bmpc__2" / "finished.json").exists()
 

@@ -15,6 +15,7 @@ import plain
 import pytest
 import torch
 from conftest import CPU, ROOT, TASK, FakeEnvs, generator, make_batch, make_model, small_args, start, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bmpc
 import bmpc_dual_policy
@@ -177,6 +178,66 @@ def test_one_copy_each_way_per_vector_step_and_a_few_per_log_interval(monkeypatc
     updates = 12 + 2 * 68  # each says which windows it wants
     logged = 3 + 2 + 2 + 2  # metrics cross together that come together: of pretraining, updates and plans
     assert counts == {"to_device": 80 // 2 + updates, "to_host": 80 // 2 + logged}
+
+
+class Launches(TorchDispatchMode):
+    """Names the operations that would be launched on a GPU: all but those that look at a tensor another way.
+
+    What is captured there, a function and the backward that follows from it, is one. What the host counts is none: in
+    numpy, and in the only tensors of 64 bits that are added to.
+    """
+
+    def __init__(self, monkeypatch, script):
+        super().__init__()
+        self.names, self.inside = [], False
+        for where, name in ((script, "to_device"), (script, "to_host"), (torch.Tensor, "backward")):
+            monkeypatch.setattr(where, name, self.one(getattr(where, name), name))
+        self.functions = script.Functions(*(self.one(f, f.__name__) for f in script.Functions()))
+
+    def one(self, function, name):
+        def call(*args, **kwargs):
+            self.names.append(name)
+            self.inside = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = False
+
+        return call
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        counting = str(function) == "aten.add_.Tensor" and args[0].itemsize == 8
+        if not (self.inside or counting or function.is_view or function.namespace == "profiler"):
+            self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("script", [bmpc, bmpc_multihead, bmpc_dual_policy], ids=lambda script: script.__name__)
+def test_how_much_is_launched_beside_the_graphs(monkeypatch, script):
+    """Of an update and of a vector step, with default flags; the first of each makes moments and sums."""
+    envs, args = FakeEnvs([50, 70]), small_args(script, reanalyze_interval=0)
+    launches = Launches(monkeypatch, script)
+    run = start(args, envs, launches.functions, script)
+    for _ in range(8):
+        envs.step_async(None)
+        script.store(run, envs, *script.act_randomly(args, TASK.action_dim, run.draws["collect"]), run.mean)
+
+    def vector_step():
+        acted, metrics = script.act(run.functions.plan, run.model, run.obs, run.mean, args, run.draws)
+        run.measure(metrics)
+        envs.step_async(script.to_host(acted[0]))
+        script.store(run, envs, *acted)
+
+    for part, most in ((lambda: script.learn(run, pretraining=False), 25), (vector_step, 25)):
+        part()
+        launches.names.clear()
+        with launches:
+            part()
+        graphs = {"plan", "world_model_loss", "policy_loss", "backward"}
+        singles = [name for name in launches.names if name not in graphs] + ["ones_like"] * launches.names.count(
+            "backward"
+        )
+        assert len(singles) <= most, "\n".join(singles)
 
 
 def test_adam_is_fused_where_it_can_be_and_capturable_on_cuda_only():

@@ -137,13 +137,13 @@ def test_scores_stay_finite():
 @pytest.mark.parametrize("heads, td_horizon, extra", [(1, 3, False), (2, 1, False), (2, 3, True)])
 def test_extra_draws_come_from_the_variants_generator_where_they_are_needed(heads, td_horizon, extra):
     args = small_args(bmpc_multihead, planner_num_dynamics_heads=heads, td_horizon=td_horizon)
-    learn, learn_of_base, variant = generator(9), generator(9), generator(8)
+    learn, learn_of_base, variant = generator(9), generator(9), generator(10)
     mine = bmpc_multihead.draw_update(args, 2, learn, variant)
     theirs = bmpc.draw_update(small_args(td_horizon=td_horizon), 2, learn_of_base)
     mine_of_base = mine._replace(td=mine.td[0])
     assert all(torch.equal(x, y) for x, y in zip(mine_of_base, theirs, strict=True))
     assert torch.equal(learn.get_state(), learn_of_base.get_state())
-    assert torch.equal(variant.get_state(), generator(8).get_state()) != extra
+    assert torch.equal(variant.get_state(), generator(10).get_state()) != extra
     assert len(mine.td) == (heads if extra else 1) and (not extra or not torch.equal(mine.td[0], mine.td[1]))
 
 

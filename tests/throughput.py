@@ -57,7 +57,7 @@ class Bench:
     """Times functions between measurements of the machine's peak."""
 
     def __init__(self, options):
-        self.options, self.device = options, torch.device(options.device)
+        self.options, self.device, self.rows = options, torch.device(options.device), []
         self.size = 128 if options.small else 2048
         self.square = torch.randn(self.size, self.size, device=self.device)
 
@@ -74,7 +74,7 @@ class Bench:
         return 2 * self.size**3 / min(self.seconds(lambda: torch.mm(self.square, self.square)) for _ in range(10))
 
     def time(self, name, mode, function, work=0.0):
-        """Prints a row; `work` in FLOPs."""
+        """Prints a row, and keeps it; `work` in FLOPs."""
         for _ in range(2):
             function()
         times, peaks = [], [self.peak()]
@@ -86,11 +86,13 @@ class Bench:
         best, ms = work / min(times) / max(peaks), [1e3 * x for x in (statistics.median(times), min(times), max(times))]
         rate = f"{work / 1e9:9.1f} GFLOP  {work / ms[0] / 1e6:7.0f} GFLOP/s  share {share:.2f}  best {best:.2f}"
         print(f"{name:34s} {mode:9s} {ms[0]:10.2f} ms  [{ms[1]:.2f}, {ms[2]:.2f}]  {rate * (work > 0)}", flush=True)
+        self.rows.append({"call": name, "mode": mode, "ms": ms[0], "GFLOP": work / 1e9, "share": share})
 
     def make(self, script, mode, **changes):
         """A run of the script at model size 5 with 100 random steps in its buffer, and the plan to use."""
         sizes = dict(zip(bmpc.SIZES, bmpc.MODEL_SIZES[5], strict=True)) | dict(num_q=self.options.num_q)
-        sizes |= (TINY if self.options.small else {}) | changes | dict(compile=mode == "compiled")
+        sizes |= (TINY if self.options.small else {}) | changes
+        sizes |= dict(compile=mode in ("compiled", "captured"), cudagraphs=mode == "captured")
         follows = dict(reanalyze_horizon=3, reanalyze_log_std_min=-5.0, reanalyze_log_std_max=1.0)
         args = script.Args(action_repeat=2, discount=0.99, buffer_size=20_000, **follows, **sizes)
         run, E = script.Run(args, TASK, self.device), args.num_envs
@@ -152,7 +154,10 @@ def bench_loop(bench, mode):
     with tempfile.TemporaryDirectory() as directory:
         os.chdir(directory)
         try:
-            assert bmpc.main([*flags, "--compile" if mode == "compiled" else "--no-compile"]) == 0
+            compiling = (
+                ["--no-compile"] if mode == "eager" else ["--compile", f"--{'no-' * (mode == 'compiled')}cudagraphs"]
+            )
+            assert bmpc.main([*flags, *compiling]) == 0
             (path,) = Path("runs").glob("*/metrics.csv")
             with open(path) as file:
                 rows = [r for r in csv.DictReader(file) if r["tag"] == "charts/SPS" and int(r["global_step"]) > 24]
@@ -170,7 +175,7 @@ def main():
     parser.add_argument("--compare", action="store_true", help="also time the plain planner")
     parser.add_argument("--small", action="store_true", help="tiny networks, to try this file")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES))
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled", "captured"], default=["eager", "compiled"])
     parser.add_argument("--num-q", type=int, default=5)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

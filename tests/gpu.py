@@ -1,0 +1,213 @@
+"""What a GPU's owner runs once, ten minutes at most, and pastes: does it compute on CUDA what it should, and how fast?
+
+    python tests/gpu.py                 # everything, on the first GPU
+    python tests/gpu.py --minutes 4     # less of the training run at the end
+
+It prints versions and the card; the tests on CUDA; waits of the host that should not be there; a run that is continued;
+throughput with launches, the time the GPU was busy, and its share of the card's own rate; memory; a while of the
+default dog-run. It ends with a Markdown table; gpu.csv has its rows.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import throughput
+import torch
+from throughput import TWO_HEADS, TWO_POLICIES, Bench, bmpc, bmpc_dual_policy, bmpc_multihead
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"bmpc": {}, "bmpc_multihead": TWO_HEADS, "bmpc_dual_policy": TWO_POLICIES}
+SHORT = "--task cartpole-swingup --learning-starts 40 --batch-size 16 --reanalyze-batch-size 4 --eval-episodes 1"
+SMALL = "--enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-q 2 --num-samples 16 --num-elites 4 --num-pi-trajs 2"
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+def words(flags):
+    """{"num_q": 2, "compile": False} as a command line."""
+    line = []
+    for name, value in flags.items():
+        option = name.replace("_", "-")
+        line += [f"--{'no-' * (value is False)}{option}"] + [str(value)] * (not isinstance(value, bool))
+    return line
+
+
+def said(text):
+    print(text, flush=True)
+
+
+def run_script(name, cwd, *line, limit=None):
+    """A run as a process, asked to stop after `limit` seconds: its exit code, and the last lines it wrote."""
+    command = [sys.executable, str(ROOT / f"{name}.py"), *line]
+    process = subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        text, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the run writes a checkpoint and ends
+        text, _ = process.communicate(timeout=120)
+    return process.returncode, "\n".join(text.splitlines()[-8:])
+
+
+def numbers(cwd):
+    """By tag, the (step, value) pairs that a run logged."""
+    (path,) = Path(cwd).glob("runs/*/metrics.csv")
+    found = {}
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["tag"], []).append((int(row["global_step"]), float(row["value"])))
+    return found
+
+
+# --- right?
+
+
+def check_waits(options):
+    """Acting, storing and learning under torch's alarm: whatever makes the host wait for the GPU raises."""
+    bench = Bench(options)
+    for name, script, changes in zip(SCRIPTS, (bmpc, bmpc_multihead, bmpc_dual_policy), SCRIPTS.values(), strict=True):
+        run, _ = bench.make(script, "eager", reanalyze_interval=2, **changes)
+        rows = np.zeros(run.args.num_envs, np.float32)
+        for alarm in ("default", "error"):  # first Adam's state and cuBLAS's workspaces are made
+            if bench.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode(alarm)
+            try:
+                (action, expert, _), metrics = script.act(
+                    run.functions.plan, run.model, run.obs, run.mean, run.args, run.draws
+                )
+                run.measure(metrics)
+                reward = script.to_device(rows, bench.device)
+                run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0)
+                script.learn(run, pretraining=False)
+                script.learn(run, pretraining=False)  # with reanalyze
+            finally:
+                if bench.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        said(f"waits: none in {name}")
+
+
+def check_runs(options):
+    """A short run of each script; of bmpc.py one that goes on where it stopped, against one that never did."""
+    modes = ["--device", options.device] + (
+        ["--no-compile", *SMALL.split()] if options.small else ["--model-size", "1"]
+    )
+    for name, flags in SCRIPTS.items():
+        results = []
+        for stops in ((80,), (60, 80))[: 2 if name == "bmpc" else 1]:
+            with tempfile.TemporaryDirectory() as cwd:
+                for steps in stops:
+                    line = [*SHORT.split(), *modes, "--steps", str(steps), "--log-freq", "20", *words(flags)]
+                    code, text = run_script(name, cwd, *line, "--eval-freq", "0")
+                    if code:
+                        raise SystemExit(f"{name} failed with code {code}:\n{text}")
+                results.append({tag: rows for tag, rows in numbers(cwd).items() if tag != "charts/SPS"})
+        same = (
+            "" if len(results) == 1 else f"; continued, it logs {'the same' if results[0] == results[1] else 'OTHER'}"
+        )
+        said(f"a short run of {name}: good{same}" + " numbers" * bool(same))
+
+
+def check_tests():
+    """The tests on CUDA: eager equals compiled equals captured under the same draws, and more."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "cuda", str(ROOT / "tests" / "test_speed.py")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said("tests: " + (ran.stdout.strip().splitlines() or ["none"])[-1])
+    if ran.returncode:
+        raise SystemExit(ran.stdout[-4000:] + ran.stderr[-2000:])
+
+
+# --- fast?
+
+
+class Profiled(Bench):
+    """Bench, and of each row what the host launches and how long the GPU is busy with it."""
+
+    def time(self, name, mode, function, work=0.0):
+        super().time(name, mode, function, work)
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
+        with torch.profiler.profile(activities=kinds) as profiler:
+            self.seconds(function)
+        events = profiler.key_averages()
+        busy = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA")
+        launches = sum(event.count for event in events if event.key.startswith(LAUNCHES))
+        self.rows[-1] |= {"launches": launches, "GPU ms": busy / 1e3}
+        if self.device.type == "cuda":
+            self.rows[-1]["peak MB"] = torch.cuda.max_memory_allocated() / 1e6
+            torch.cuda.reset_peak_memory_stats()
+
+
+def train(options, seconds):
+    """The default dog-run for so long: decisions a second at its end, and the returns so far."""
+    flags = ["--task", "dog-run", "--device", options.device, "--log-freq", "200"]
+    flags += ["--no-compile", "--learning-starts", "16", "--log-freq", "4", *SMALL.split()] if options.small else []
+    with tempfile.TemporaryDirectory() as cwd:
+        code, text = run_script("bmpc", cwd, *flags, limit=seconds)
+        if code not in (0, bmpc.TRY_AGAIN):
+            raise SystemExit(f"the training run failed with code {code}:\n{text}")
+        found = numbers(cwd)
+    speeds, returns = found.get("charts/SPS", []), found.get("charts/episodic_return", [])
+    if speeds:
+        said(f"dog-run: at step {speeds[-1][0]}, {speeds[-1][1]:.2f} decisions a second")
+    for step, value in returns:
+        said(f"dog-run: at step {step} an episode's return was {value:.1f}")
+    return speeds[-1][1] if speeds else float("nan")
+
+
+def table(rows):
+    """Rows as Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    told = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
+    lines = [names, ["---"] * len(names)] + [[told(row.get(name, "")) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10, help="of everything; the training run has what is left")
+    parser.add_argument("--device", default="cuda", help="cpu stands in, to try this file")
+    parser.add_argument("--small", action="store_true", help="tiny networks, nothing compiled, to try this file")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args(argv)
+    start, options.num_q = time.perf_counter(), 5
+    if options.device == "cuda" and not torch.cuda.is_available():
+        said("no GPU on this machine: tests/gpu.py measures nothing")
+        return 1
+    device = bmpc.choose_device(bmpc.Args(device=options.device))
+    card = torch.cuda.get_device_properties(0) if device.type == "cuda" else None
+    who = (
+        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}" if card else platform.processor()
+    )
+    said(f"{who}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    check_waits(options)
+    check_runs(options)
+    if card:
+        check_tests()
+
+    bench = Profiled(options)
+    said(f"peak: {bench.peak() / 1e9:.0f} GFLOP/s at matmul precision {torch.get_float32_matmul_precision()}")
+    for name in ("act", "update", "reanalyze"):
+        for mode in ["eager"] if options.small else ["eager", "compiled", "captured"]:
+            throughput.BENCHES[name](bench, mode)
+    speed = train(options, max(30.0, 60 * options.minutes - (time.perf_counter() - start)))
+    ms = {row["call"]: row["ms"] for row in bench.rows}  # of the last mode, the fastest
+    parts = {"act": ms["act, 4 environments"] / 4, "update": ms["update"], "reanalyze": ms["reanalyze, 60 states"] / 10}
+    parts["simulators and the rest"] = max(0.0, 1e3 / speed - sum(parts.values()))
+    bench.rows += [{"call": f"a decision: {name}", "mode": "in the loop", "ms": value} for name, value in parts.items()]
+    bench.rows.append({"call": "a decision", "mode": "in the loop", "ms": 1e3 / speed})
+    with open("gpu.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in bench.rows for name in row)))
+        writer.writeheader()
+        writer.writerows(bench.rows)
+    said(f"\n{who}, torch {torch.__version__}\n\n{table(bench.rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
