@@ -1627,10 +1627,9 @@ def choose_device(args):
     """The torch device, with precision and determinism set. Raises Refused if it is not there."""
     try:
         best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(best if args.device == "auto" else args.device)
+        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # with its number
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only auto, cpu, cuda and cuda:N are supported")
-        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise Refused(f"--device {args.device}: {first_line(e)}") from e
     if device.type == "cuda":
