@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import throughput
 import torch
-from throughput import TWO_HEADS, TWO_POLICIES, Bench, bmpc, bmpc_dual_policy, bmpc_multihead
+from throughput import TWO_HEADS, TWO_POLICIES, Bench, bmpc
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"bmpc": {}, "bmpc_multihead": TWO_HEADS, "bmpc_dual_policy": TWO_POLICIES}
@@ -71,7 +71,8 @@ def numbers(cwd):
 def check_waits(options):
     """Acting, storing and learning under torch's alarm: whatever makes the host wait for the GPU raises."""
     bench = Bench(options)
-    for name, script, changes in zip(SCRIPTS, (bmpc, bmpc_multihead, bmpc_dual_policy), SCRIPTS.values(), strict=True):
+    for name, changes in SCRIPTS.items():
+        script = getattr(throughput, name)
         run, _ = bench.make(script, "eager", reanalyze_interval=2, **changes)
         rows = np.zeros(run.args.num_envs, np.float32)
         for alarm in ("default", "error"):  # first Adam's state and cuBLAS's workspaces are made
@@ -146,9 +147,13 @@ class Profiled(Bench):
 def train(options, seconds):
     """The default dog-run for so long: decisions a second at its end, and the returns so far."""
     flags = ["--task", "dog-run", "--device", options.device, "--log-freq", "200"]
-    flags += ["--no-compile", "--learning-starts", "16", "--log-freq", "4", *SMALL.split()] if options.small else []
+    flags += (
+        ["--no-compile", "--learning-starts", "16", "--log-freq", "4", "--steps", "24", *SMALL.split()]
+        if options.small
+        else []
+    )
     with tempfile.TemporaryDirectory() as cwd:
-        code, text = run_script("bmpc", cwd, *flags, limit=seconds)
+        code, text = run_script("bmpc", cwd, *flags, limit=None if options.small else seconds)
         if code not in (0, bmpc.TRY_AGAIN):
             raise SystemExit(f"the training run failed with code {code}:\n{text}")
         found = numbers(cwd)
@@ -181,9 +186,7 @@ def main(argv=None):
         return 1
     device = bmpc.choose_device(bmpc.Args(device=options.device))
     card = torch.cuda.get_device_properties(0) if device.type == "cuda" else None
-    who = (
-        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}" if card else platform.processor()
-    )
+    who = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}" if card else platform.machine()
     said(f"{who}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
     check_waits(options)
     check_runs(options)

@@ -273,6 +273,21 @@ def test_throughput_prints_its_table():
     assert "sample 256 windows of 1M rows" in ran.stdout and "loop, one decision" in ran.stdout
 
 
+def test_gpu_prints_its_table_with_a_cpu_standing_in(monkeypatch, tmp_path, capsys):
+    import gpu
+
+    monkeypatch.chdir(tmp_path)
+    if not torch.cuda.is_available():
+        assert gpu.main([]) == 1 and capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setattr(gpu, "SCRIPTS", {"bmpc": {}})
+    assert gpu.main(["--device", "cpu", "--small", "--runs", "1", "--minutes", "0"]) == 0
+    said = capsys.readouterr().out
+    for line in ("waits: none in bmpc", "it logs the same numbers", "dog-run: at step", "| update | eager | "):
+        assert line in said, said
+    rows = (tmp_path / "gpu.csv").read_text().splitlines()
+    assert rows[0].startswith("call,mode,ms") and rows[-1].startswith("a decision,")
+
+
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 
