@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import plain
@@ -178,6 +179,48 @@ def test_one_copy_each_way_per_vector_step_and_a_few_per_log_interval(monkeypatc
     updates = 12 + 2 * 68  # each says which windows it wants
     logged = 3 + 2 + 2 + 2  # metrics cross together that come together: of pretraining, updates and plans
     assert counts == {"to_device": 80 // 2 + updates, "to_host": 80 // 2 + logged}
+
+
+class Memory(TorchDispatchMode):
+    """The bytes of the tensors on the meta device that live at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def note(self, x):
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if x.device == META and key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **kwargs or {})
+        torch.utils._pytree.tree_map_only(torch.Tensor, self.note, results)
+        return results
+
+
+@pytest.mark.parametrize("size, kept, peak", [(5, 2.3, 3.7), (19, 2.4, 5.1)])
+def test_the_memory_of_the_default_run_is_what_readme_says(meta, size, kept, peak):
+    """In GB, eager, all states of a reanalyze at once as on a GPU."""
+    args, task = bmpc.fill_in(bmpc.Args(model_size=size, compile=False))
+    with Memory() as memory:
+        run = bmpc.Run(args, task, META)
+        for _ in range(4):
+            zeros = lambda *shape: torch.zeros(4, *shape, device=META)
+            parts = [zeros(task.obs_dim), zeros(task.action_dim), zeros(2, task.action_dim), zeros(), zeros()]
+            run.buffer.add(*parts, zeros(task.obs_dim), np.zeros(4, bool))
+        assert round(memory.now / 1e9, 1) == kept
+        for run.updates in (0, args.reanalyze_interval - 1):  # the first makes Adam's moments, the second reanalyzes
+            bmpc.learn(run, pretraining=False)
+    assert round(memory.peak / 1e9, 1) == peak, memory.peak
 
 
 class Launches(TorchDispatchMode):
