@@ -1846,12 +1846,11 @@ def main(argv=None):
             found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
             os.environ["MUJOCO_GL"] = found[0].lower() if found else "disable"
         return begin(args)
-    except (Refused, Failed, OSError) as e:
+    except (Refused, Failed, OSError, torch.OutOfMemoryError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            e = "the GPU's memory is full; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
         print(f"{os.path.basename(__file__)}: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, Refused) else 1
-    except torch.OutOfMemoryError:
-        print(f"{os.path.basename(__file__)}: error: the GPU's memory is full; --buffer-size 500_000 halves the replay")
-        return 1
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()

@@ -448,5 +448,5 @@ def test_without_renderer_or_imageio_a_run_goes_on_without_video(tmp_path, missi
     flags = [*TOY, "--steps", 20, "--eval-freq", 10, "--capture-video"]
     moments = [("hide", "imageio")] if missing == "imageio" else []
     run = finish(tmp_path, *flags, task="toy:Toy-v0", moments=moments)
-    assert run.code == 0 and len(run.warned().splitlines()) <= 3 and not list(tmp_path.rglob("*.mp4")), run
+    assert run.code == 0 and run.warned().count("arning") <= 3 and not list(tmp_path.rglob("*.mp4")), run
     assert run.warned().count("warning: no video") == 2
