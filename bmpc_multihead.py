@@ -1333,8 +1333,7 @@ class Run:
 
 
 def save_checkpoint(run, directory):
-    """Writes checkpoint.pt. Raises Refused, writing nothing, if a metric or a weight is not finite."""
-    run.means()
+    """Writes checkpoint.pt. Raises Failed, writing nothing, if a weight is not finite, as after a loss that was not."""
     if not to_host(torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])).all():
         raise Failed("a weight is not finite; the last checkpoint is from before that")
     try:
