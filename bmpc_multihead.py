@@ -140,7 +140,7 @@ class Args:
     evaluate: Free[str] = ""
     """RUN_DIR: evaluate its checkpoint, print both returns and train nothing"""
 
-    preset: Free[Literal["full", "small"]] = "full"
+    preset: Literal["full", "small"] = "full"
     """small: other defaults, with which two CPU cores learn a small task in a quarter of an hour"""
 
     # --- environment
@@ -174,7 +174,7 @@ class Args:
     batch_size: Count = 256
     """windows of a batch"""
     buffer_size: Count = 1_000_000
-    """rows of the replay buffer"""
+    """rows of the replay buffer; it is no larger than the run needs"""
     lr: Positive = 3e-4
     """learning rate of both Adams"""
     enc_lr_scale: Positive = 1.0
@@ -408,9 +408,11 @@ def make_env(args, index=0, render=False):
 
     Raises Refused for what this agent cannot play: images, actions that are not a bounded Box.
     """
-    keywords = {"render_mode": "rgb_array"} if render else {}  # not every constructor knows render_mode
-    keywords |= json.loads(args.env_kwargs)
-    env = gym.make(args.env_id, disable_env_checker=True, **keywords)
+    make = functools.partial(gym.make, args.env_id, disable_env_checker=True, **json.loads(args.env_kwargs))
+    try:
+        env = make(render_mode="rgb_array") if render else make()
+    except TypeError:  # not every constructor knows render_mode
+        env = make()
     obs, action = env.observation_space, env.action_space
     if len(obs.shape or ()) > 2 or not isinstance(gym.spaces.flatten_space(obs), gym.spaces.Box):
         raise Refused(f"{args.env_id} has observations {obs}; only vectors are supported, not images")
@@ -469,6 +471,7 @@ class Envs(AsyncVectorEnv):
             obs, _ = super().reset(seed=seeds, options=options | {"reset_mask": mask.copy()})
         return self.finite(obs)
 
+    call = simulating()(AsyncVectorEnv.call)
     step_async = simulating()(AsyncVectorEnv.step_async)  # the simulators run while the caller does something else
 
     def step_wait(self):
@@ -487,8 +490,8 @@ class Envs(AsyncVectorEnv):
         for process in self.processes:
             process.kill()
 
-    def __del__(self):  # main() ends what is left, before the interpreter takes itself apart
-        pass
+    def __del__(self):  # before the pipes close, of which a worker would tell at length
+        self.close_extras()
 
 
 # --- Math -------------------------------------------------------------------------------------------------------------
@@ -705,7 +708,8 @@ class ReplayBuffer:
     """
 
     def __init__(self, args, task, device):
-        E, C, A = args.num_envs, args.buffer_size // args.num_envs, task.action_dim
+        E, A = args.num_envs, task.action_dim
+        C = max(args.horizon + 2, min(args.buffer_size // E, math.ceil(args.total_timesteps / E)))  # what the run needs
         self.horizon, self.capacity = args.horizon, C
         self.widths = [task.obs_dim, A, 2 * A, 1, 1, task.obs_dim]  # in the order of Batch
         self.rows = torch.from_numpy(np.zeros((C, E, sum(self.widths)), np.float32)).to(device)  # lazily on a CPU
@@ -736,6 +740,8 @@ class ReplayBuffer:
     def sample(self, u):
         """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), on the host."""
         T, C, E = self.horizon, self.capacity, len(self.age)
+        if self.entered == self.left:
+            raise Refused(f"the replay holds no {T} decisions of one episode; raise --learning-starts or --buffer-size")
         k = self.left + (u * (self.entered - self.left)).astype(np.int64)
         first = self.window.flat[k % (C * E)]  # (B,)
         place = to_device((first + E * np.arange(T)[:, None]) % (C * E), self.rows.device)  # (T, B)
@@ -1417,7 +1423,11 @@ def open_directory(args):
         raise Refused(f"{directory} is in use by another process") from e
     state, finished, starts = read_checkpoint(directory), directory / "finished.json", directory / "versions.json"
     if state:
-        old, new, step = state["args"], dataclasses.asdict(args), state["progress"]["global_step"]
+        old, new, step = (
+            dataclasses.asdict(Args(**state["args"])),
+            dataclasses.asdict(args),
+            state["progress"]["global_step"],
+        )
         fixed = [name for name, found in notes().items() if FREE not in found]
         other = [f"{name} {old[name]} -> {new[name]}" for name in fixed if old[name] != new[name]]
         if other:
@@ -1552,20 +1562,20 @@ def train(run, envs, eval_envs, log, stop, directory):
     while True:
         # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
         if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop:
-            if not run.buffer.entered:
-                raise Refused(f"warm-up held no {args.horizon} decisions of one episode; raise --learning-starts")
+            clocks = []
             with Bar("pretraining", args.learning_starts, run.pretrained) as pretraining:
                 while run.pretrained < args.learning_starts and not stop:
                     learn(run, pretraining=True)
                     pretraining.update()
-                    if pretraining.n == 50 and run.obs.device.type == "cpu":
-                        tell_hours(args, 50 / pretraining.format_dict["elapsed"])
+                    clocks += [time.perf_counter()] * (run.pretrained in (10, 50))  # the first updates compile
+                    if run.pretrained == 50 and len(clocks) == 2 and run.obs.device.type == "cpu":
+                        tell_hours(args, 40 / (clocks[1] - clocks[0]))
             since, clock = run.global_step, time.perf_counter()
-        done = run.global_step >= args.total_timesteps
-        if stop or done or run.global_step == 0 or due(args.checkpoint_freq, run.global_step, E):
+        done, stopping = run.global_step >= args.total_timesteps, bool(stop)  # a signal may come at any moment
+        if stopping or done or run.global_step == 0 or due(args.checkpoint_freq, run.global_step, E):
             log.flush()
             save_checkpoint(run, directory)
-        if stop:
+        if stopping:
             return TRY_AGAIN
 
         # Observers: they change nothing; a stop abandons an evaluation, so it comes before the losses are told
@@ -1715,13 +1725,24 @@ def start_tracking(args, directory):
         say(f"warning: going on without Weights & Biases ({first_line(e)})", sys.stderr)
 
 
+def begin_evaluation(args, task, device, envs, stop):
+    """Evaluates a run's checkpoint, of which it takes the model alone. Returns the exit code."""
+    directory = Path(args.evaluate)
+    state = read_checkpoint(directory)
+    run = Run(dataclasses.replace(args, buffer_size=1), task, device)
+    run.global_step = state["progress"]["global_step"]
+    say(f"evaluating {directory} at step {run.global_step}: {args.env_id}, {device}")
+    try:
+        run.model.load_state_dict(state["model"])
+    except RuntimeError as e:
+        raise Refused(f"the model of {directory} does not fit these arguments") from e
+    returns = evaluate(run, envs, stop, directory / "videos" / f"evaluate-{run.global_step}.mp4")
+    return 0 if returns else TRY_AGAIN
+
+
 def begin(args):
-    """Trains a run from its beginning or its checkpoint, or evaluates its checkpoint. Returns the exit code."""
-    (args, task), envs, eval_envs, stop = fill_in(args), None, None, []
-    if not args.evaluate:
-        envs = Envs(args, args.num_envs)  # before torch starts its threads, and CUDA
-    if args.evaluate or args.eval_freq:
-        eval_envs = Envs(args, min(args.eval_episodes, args.num_envs), args.capture_video)
+    """Trains a run from its beginning or its checkpoint, or evaluates one. Returns the exit code."""
+    (args, task), envs, eval_envs, stop = fill_in(args), None, None, []  # `stop`: the signals that came
 
     def ask(number, frame):
         stop.append(number)
@@ -1729,21 +1750,22 @@ def begin(args):
 
     for number in SIGNALS:
         signal.signal(number, ask)
-    device, directory = choose_device(args), Path(args.evaluate)
-    directory, state = (directory, read_checkpoint(directory)) if args.evaluate else open_directory(args)
-    say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}")
+    if not args.evaluate:
+        envs = Envs(args, args.num_envs)  # before torch starts its threads, and CUDA
+    if args.evaluate or args.eval_freq:
+        eval_envs = Envs(args, min(args.eval_episodes, args.num_envs), args.capture_video)
+    device = choose_device(args)
     if device.type == "cpu" and torch.get_num_threads() > 1 and os.getloadavg()[0] > 0.5 * os.cpu_count():
-        say(
-            "this machine is busy: beside others a run is fastest with one thread, OMP_NUM_THREADS=1 in its environment"
-        )
+        say("this machine is busy: beside others a run is fastest with one thread; set OMP_NUM_THREADS=1")
+    if args.evaluate:
+        return begin_evaluation(args, task, device, eval_envs, stop)
+    directory, state = open_directory(args)
+    say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}")
     run = Run(args, task, device)
     if state:
         run.load_state_dict(state)
-        state = None  # a copy of the buffer
-        say(f"{'evaluating' if args.evaluate else 'continuing at'} step {run.global_step}")
-    if args.evaluate:
-        returns = evaluate(run, eval_envs, stop, directory / "videos" / f"evaluate-{run.global_step}.mp4")
-        return 0 if returns else TRY_AGAIN
+        say(f"continuing at step {run.global_step}")
+    state = None  # a copy of the buffer
     if args.track:
         start_tracking(args, directory)
     enter_episodes(run, envs)
@@ -1781,14 +1803,15 @@ def main(argv=None):
             found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
             os.environ["MUJOCO_GL"] = found[0].lower() if found else "disable"
         return begin(args)
-    except (Refused, Failed, OSError, torch.OutOfMemoryError) as e:
-        if isinstance(e, torch.OutOfMemoryError):
-            e = "the GPU's memory is full; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
+    except (Refused, Failed, OSError, MemoryError, torch.OutOfMemoryError) as e:
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+            e = "the memory is full; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
         print(f"{os.path.basename(__file__)}: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, Refused) else 1
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
+            worker.join()
 
 
 if __name__ == "__main__":

@@ -159,6 +159,10 @@ def held(buffer, n, times=3):
     """The windows that `buffer` draws at equally spaced numbers: if it holds n, each of them so many times."""
     u = (np.arange(times * n) + 0.5) / max(1, times * n)
     u[:1], u[-1:] = 0.0, 1 - 2**-53  # also at the ends of the unit interval
+    if n == 0:
+        with pytest.raises(bmpc.Refused, match="holds no"):
+            buffer.sample(np.zeros(1))
+        return []
     batch = buffer.sample(u)
     columns = [batch.action[..., 0], batch.reward, batch.terminated, batch.expert[..., 0, 0], batch.expert[..., 1, 0]]
     values, obs = torch.stack(columns, -1).transpose(0, 1).tolist(), torch.cat([batch.obs[:1], batch.next_obs])

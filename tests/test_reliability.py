@@ -434,6 +434,9 @@ def test_a_checkpoint_is_evaluated_as_the_run_did_it_and_stays_as_it_is(referenc
     assert run.code == 0 and {file: file.read_bytes() for file in path.iterdir()} == before, run
     told = [line for line in (reference / "stdout.0").read_text().splitlines() if "step 90: evaluation" in line]
     assert len(told) == 1 and told[0] in run.said()
+    others = start(reference, "--evaluate", path, "--num-envs", 1), start(reference, "--evaluate", path, "--num-q", 5)
+    assert others[0].wait().code == 0, others[0]  # of what it was trained with only the model counts
+    assert "does not fit" in failed(others[1], 2)
 
 
 def test_without_a_compiler_a_run_goes_on_in_eager_mode(tmp_path):
