@@ -128,7 +128,6 @@ class Args:
     """RUN_DIR: continue that run, its arguments standing in for the flags that are not given"""
     evaluate: Free[str] = ""
     """RUN_DIR: evaluate its checkpoint, print both returns and train nothing"""
-
     preset: Literal["full", "small"] = "full"
     """small: other defaults, with which two CPU cores learn a small task in a quarter of an hour"""
 
@@ -461,7 +460,7 @@ class Envs(AsyncVectorEnv):
         return values
 
     def close_extras(self, **options):  # the workers do not listen to requests to end, and dead ones cannot
-        for process in self.processes:
+        for process in getattr(self, "processes", ()):  # there are none where the first could not be made
             process.kill()
 
     def __del__(self):  # before the pipes close, of which a worker would tell at length
