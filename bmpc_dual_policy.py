@@ -717,7 +717,7 @@ class Batch(NamedTuple):
     reward: Tensor  # (T, B)
     terminated: Tensor  # (T, B)
     next_obs: Tensor  # (T, B, O)
-    place: Tensor  # (T, B) int64, step * E + environment
+    place: Tensor  # (T, B) int64, step % C * E + environment
 
 
 class ReplayBuffer:
@@ -775,7 +775,7 @@ class ReplayBuffer:
         return {env: to_host(actions[last(n), env]) for env, n in ages if 0 < n <= self.capacity}
 
     def state_dict(self):
-        """All that was ever written to."""
+        """All that was ever written to; no more windows than rows have entered."""
         window, age = self.window[: self.step].copy(), self.age.copy()
         state = {"counts": [self.step, self.entered, self.left], "rows": self.rows[: self.step].to("cpu", copy=True)}
         return state | {"window": torch.from_numpy(window), "age": torch.from_numpy(age)}
@@ -903,7 +903,7 @@ def plan(model, policy, obs, mean, draws, args, std_coef):  # [V4] who plans say
 
 
 def plan_in_chunks(plan, model, policy, obs, mean, draws, args, std_coef):  # [V4]
-    """`plan`, on a CPU for a few states at a time: about 2048 rollouts, and what is made of them, fit its cache."""
+    """`plan`, compiled or not; on a CPU in chunks: about 2048 rollouts, and what is made of them, fit its cache."""
     rollouts = args.num_samples * args.planner_num_dynamics_heads  # [V2]
     states = len(obs) if obs.device.type != "cpu" else max(1, 2048 // rollouts)  # [V2]
     pieces = [x.tensor_split(math.ceil(len(obs) / states)) for x in (obs, mean, *draws)]
@@ -918,9 +918,9 @@ def shift(mean):
     return torch.cat([mean[:, 1:], torch.zeros_like(mean[:, :1])], 1)
 
 
-def make_expert(plan, chosen, args):
+def make_expert(planned, chosen, args):
     """The expert of S rows, mean and std of a Gaussian over the action: (S, 2, A)."""
-    return torch.stack([chosen if args.reanalyze_use_chosen_action else plan.mean[:, 0], plan.std], 1)
+    return torch.stack([chosen if args.reanalyze_use_chosen_action else planned.mean[:, 0], planned.std], 1)
 
 
 def act_randomly(args, action_dim, generator):
@@ -1165,7 +1165,7 @@ def compiled(args, device):
     """The functions compiled, each to one graph per set of shapes; eager ones where nothing can be compiled."""
     if not args.compile:
         return Functions()
-    say("compiling: is there a compiler? ...")
+    say("is there a compiler? ...")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's own deprecations, while its compiler is imported
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
@@ -1173,30 +1173,13 @@ def compiled(args, device):
         say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
+    torch._dynamo.callback.callback_handler.clear()
+    torch._dynamo.callback.on_compile_start(lambda about: say("compiling ..."))  # at first calls, up to a minute
+    torch._dynamo.callback.on_compile_end(lambda about: say("compiled"))
     on_cuda = device.type == "cuda"  # where a launch costs most: independent kernels in one, no copies out of padding
     options = {"combo_kernels": on_cuda, "comprehensive_padding": False}
     options |= {"triton.cudagraphs": args.cudagraphs and on_cuda}
-    return Functions(
-        *(announced(torch.compile(f, fullgraph=True, dynamic=False, options=options)) for f in Functions())
-    )
-
-
-def announced(function):
-    """The compiled function, telling when it compiles: at the first call with tensors of these shapes."""
-    known = set()
-
-    def call(*args):
-        kind = tuple(x if isinstance(x, Args) else getattr(x, "shape", None) for x in args)
-        if kind in known:
-            return function(*args)
-        known.add(kind)
-        say(f"compiling {function.__name__} ...")
-        since = time.perf_counter()
-        results = function(*args)
-        say(f"compiled {function.__name__} in {time.perf_counter() - since:.0f} s")
-        return results
-
-    return call
+    return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in Functions()))
 
 
 @torch.no_grad()
@@ -1373,6 +1356,7 @@ class Run:
             "buffer": self.buffer.state_dict(),
             "draws": {name: generator.get_state() for name, generator in self.draws.items()},
             "metrics": self.metrics,
+            # what __init__ sets to a number, a list or a tensor: from obs to updates
             "progress": {name: x for name, x in vars(self).items() if isinstance(x, (int, list, Tensor))},
         }
 
@@ -1477,11 +1461,8 @@ def open_directory(args):
         raise Refused(f"{directory} is in use by another process") from e
     state, finished, starts = read_checkpoint(directory), directory / "finished.json", directory / "versions.json"
     if state:
-        old, new, step = (
-            dataclasses.asdict(Args(**state["args"])),
-            dataclasses.asdict(args),
-            state["progress"]["global_step"],
-        )
+        old, new = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
+        step = state["progress"]["global_step"]
         fixed = [name for name, found in notes().items() if FREE not in found]
         other = [f"{name} {old[name]} -> {new[name]}" for name in fixed if old[name] != new[name]]
         if other:
@@ -1567,7 +1548,8 @@ def learn(run, pretraining):
     """One update, with its reanalyze if that is due."""
     args, generator = run.args, run.draws["learn"]
     draws = draw_update(args, run.mean.shape[2], generator, run.draws["variant"])  # [V5]
-    batch = run.buffer.sample(np.random.default_rng([args.seed, run.pretrained, run.updates]).random(args.batch_size))
+    which = np.random.default_rng([args.seed, run.pretrained, run.updates])  # of this update, on the host
+    batch = run.buffer.sample(which.random(args.batch_size))
     run.pretrained += pretraining
     run.updates += not pretraining
     if not pretraining and args.reanalyze_interval and run.updates % args.reanalyze_interval == 0:
@@ -1601,30 +1583,34 @@ def store(run, envs, action, expert, mean):
     run.obs, run.mean = obs.view_as(run.obs), shift(mean) * goes_on[:, None, None]
 
 
-def tell_hours(args, speed):
-    """Early on, for those who would wait in vain: what so many updates a second on a CPU come to."""
-    hours = updates_due(args, args.total_timesteps) / speed / 3600
-    say(f"{speed:.1f} updates a second on this CPU: {hours:.1f} hours for the run's updates, and its plans beside them")
-    if args.preset == "full":
-        say("for a machine without a GPU: --preset small --task cartpole-swingup")
+def pretrain(run, stop):
+    """Updates of the world model alone, as many as decisions of warm-up. On a CPU it tells early what a run takes."""
+    args, clocks = run.args, []
+    with Bar("pretraining", args.learning_starts, run.pretrained) as progress:
+        while run.pretrained < args.learning_starts and not stop:
+            learn(run, pretraining=True)
+            progress.update()
+            clocks += [time.perf_counter()] * (run.pretrained in (10, 50))  # the first updates compile
+            if run.pretrained == 50 and len(clocks) == 2 and run.obs.device.type == "cpu":
+                updates, speed = updates_due(args, args.total_timesteps), 40 / (clocks[1] - clocks[0])
+                least = tqdm.format_interval(updates / speed)
+                say(f"this run takes over {least} on this CPU: {updates} updates, {speed:.1f} a second, and its plans")
+                if args.preset == "full":
+                    say("for a machine without a GPU: --preset small --task cartpole-swingup")
 
 
 def train(run, envs, eval_envs, log, stop, directory):
-    """BMPC's Algorithm 1. Returns the exit code: 0 when done, 75 when asked to stop."""
+    """BMPC's Algorithm 1. Returns the exit code: 0 when done, 75 when asked to stop.
+
+    `stop` is a list that a signal fills, at any moment; empty, the run goes on.
+    """
     args, E = run.args, run.args.num_envs
     progress = Bar("decisions", args.total_timesteps, run.global_step)
     since, clock, told = run.global_step, time.perf_counter(), {}
     while True:
         # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
         if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop:
-            clocks = []
-            with Bar("pretraining", args.learning_starts, run.pretrained) as pretraining:
-                while run.pretrained < args.learning_starts and not stop:
-                    learn(run, pretraining=True)
-                    pretraining.update()
-                    clocks += [time.perf_counter()] * (run.pretrained in (10, 50))  # the first updates compile
-                    if run.pretrained == 50 and len(clocks) == 2 and run.obs.device.type == "cpu":
-                        tell_hours(args, 40 / (clocks[1] - clocks[0]))
+            pretrain(run, stop)
             since, clock = run.global_step, time.perf_counter()
         done, stopping = run.global_step >= args.total_timesteps, bool(stop)  # a signal may come at any moment
         if stopping or done or run.global_step == 0 or due(args.checkpoint_freq, run.global_step, E):
@@ -1686,7 +1672,7 @@ def notes():
 
 def parse_args(argv=None):
     """The command line as Args; a preset's or, with --resume or --evaluate RUN_DIR, that run's are the defaults."""
-    args = tyro.cli(Args, args=argv)
+    args = tyro.cli(Args, args=argv)  # says whose defaults; what is given beside them is read on them below
     defaults, directory = PRESETS[args.preset], args.evaluate or args.resume
     if directory:
         state = read_checkpoint(Path(directory))
@@ -1794,7 +1780,7 @@ def begin_evaluation(args, task, device, envs, stop):
     state = read_checkpoint(directory)
     run = Run(dataclasses.replace(args, buffer_size=1), task, device)
     run.global_step = state["progress"]["global_step"]
-    say(f"evaluating {directory} at step {run.global_step}: {args.env_id}, {device}")
+    say(f"evaluating {directory} at step {run.global_step}, on {device}")
     try:
         run.model.load_state_dict(state["model"])
     except RuntimeError as e:
@@ -1813,6 +1799,7 @@ def begin(args):
 
     for number in SIGNALS:
         signal.signal(number, ask)
+    say(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
     if not args.evaluate:
         envs = Envs(args, args.num_envs)  # before torch starts its threads, and CUDA
     if args.evaluate or args.eval_freq:
@@ -1823,7 +1810,7 @@ def begin(args):
     if args.evaluate:
         return begin_evaluation(args, task, device, eval_envs, stop)
     directory, state = open_directory(args)
-    say(f"{directory}: {args.env_id}, observation {task.obs_dim}, action {task.action_dim}, {device}")
+    say(f"{directory}, on {device}")
     run = Run(args, task, device)
     if state:
         run.load_state_dict(state)

@@ -200,6 +200,10 @@ def test_environments_take_further_keywords(body):
     assert env.unwrapped.ends == 2 and env.spec.max_episode_steps == 7
 
 
+def test_an_environment_that_knows_no_render_mode_is_not_filmed(body):
+    assert bmpc.make_env(small_args(env_id=body(9)), render=True).picture() is None
+
+
 @pytest.mark.parametrize("size", list(SIZES))
 def test_model_sizes_fill_in_what_is_not_given(body, size):
     unset = dict.fromkeys(bmpc.SIZES)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import FakeEnvs, flags, run_loop, small_args, start
+from conftest import FakeEnvs, flags, run_loop, same, small_args, start
 
 import bmpc
 
@@ -178,9 +178,23 @@ def test_where_there_is_no_terminal_a_bar_is_a_plain_line_every_half_minute(caps
     assert [re.search(r"(\d+)/500", line)[1] for line in lines] == ["0", "150", "300"], lines
 
 
-def test_a_compiled_function_tells_when_it_compiles(capsys):
-    call = bmpc.announced(torch.square)
-    for x in (torch.ones(4), torch.ones(4), torch.ones(5), torch.ones(4)):
-        assert torch.equal(call(x), x)
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in told] == ["compiling", "compiled"] * 2
+class Late(list):
+    """A signal that comes between the n-th look at it and the next."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_whenever_a_signal_comes_exit_code_75_says_that_the_checkpoint_is_of_this_step(tmp_path):
+    args, codes = small_args(total_timesteps=14, learning_starts=6, eval_freq=8, eval_episodes=1), []
+    while not codes or codes[-1] == bmpc.TRY_AGAIN:
+        envs, eval_envs, directory = FakeEnvs([5, 7]), FakeEnvs([3]), tmp_path / str(len(codes))
+        run, _ = start(args, envs), directory.mkdir()
+        codes += [bmpc.train(run, envs, eval_envs, bmpc.Log(directory, 1, 0), Late(len(codes)), directory)]
+        assert same(bmpc.read_checkpoint(directory), run.state_dict())
+    assert codes[-1] == 0 and len(codes) > 14 // 2 + 6

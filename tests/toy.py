@@ -11,7 +11,7 @@ import numpy as np
 class Toy(gym.Env):
     """A point on a line is pushed; the reward is larger near the middle. `after` steps in all, `happen` happens."""
 
-    metadata = {"render_modes": ["rgb_array"]}  # but it cannot
+    metadata = {"render_modes": ["rgb_array"]}
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(-2.0, 3.0, (2,), np.float32)
 
@@ -29,6 +29,11 @@ class Toy(gym.Env):
     def observation(self):
         noise = time.perf_counter() if self.happen == "noise" else 0.0
         return np.array([self.x, self.speed, noise])
+
+    def render(self):
+        if self.happen == "render":
+            os._exit(3)
+        raise NotImplementedError("this simulator has no pictures")
 
     def step(self, action):
         self.steps, self.t = self.steps + 1, self.t + 1
@@ -60,4 +65,5 @@ register("ToyShort", happen="short")
 register("ToyNoise", happen="noise")
 for what in ("reward", "observation", "error", "exit"):
     register(f"Toy{what.capitalize()}", happen=what, after=25)
-register("ToyUnmade", happen="unmade")
+for what in ("unmade", "render"):
+    register(f"Toy{what.capitalize()}", happen=what)
