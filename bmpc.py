@@ -1702,13 +1702,12 @@ def begin(args):
         if profiler:
             profiler.export_chrome_trace(str(directory / "trace.json"))
     except Exception as e:
-        cause = e
         try:
             run.means()
         except Failed as found:  # a loss was not finite: what failed did so because of it
-            cause = found
-        if isinstance(cause, (Refused, Failed, OSError)):
-            raise (Refused if isinstance(cause, Refused) else Failed)(f"step {run.global_step}: {cause}") from e
+            raise Failed(f"step {run.global_step}: {found}") from e
+        if isinstance(e, (Refused, Failed, OSError)):
+            raise (Refused if isinstance(e, Refused) else Failed)(f"step {run.global_step}: {e}") from e
         if not stop:
             raise
         say(f"warning: {first_line(e)}", sys.stderr)  # the signal reached a compiler too, say
