@@ -23,6 +23,12 @@ LENGTHS = "--learning-starts 24 --batch-size 16 --reanalyze-batch-size 4 --num-e
 TINY = NETWORK + PLANNER + LENGTHS
 
 
+def words(flags):
+    """{"num_q": 2, "compile": False} as a command line."""
+    options = {name.replace("_", "-"): value for name, value in flags.items()}
+    return [f"--{'no-' * (x is False)}{name}" + f"={x}" * (not isinstance(x, bool)) for name, x in options.items()]
+
+
 class Zygote:
     """The process that the runs are forked from; one for all tests of a session."""
 
@@ -151,11 +157,12 @@ def column(state, k):
     return state["buffer"]["rows"].split([obs, A, 2 * A, 1, 1, obs], -1)[k]
 
 
-def numbers(cwd):
-    """The lines of metrics.csv, but for speeds."""
-    with open(directory(cwd) / "metrics.csv", newline="") as file:
-        lines = [tuple(line) for line in csv.reader(file)]
-    return [line for line in lines if line[2] != "charts/SPS"]
+def numbers(cwd, speeds=False):
+    """The lines (global_step, env_steps, tag, value) of the one metrics.csv below `cwd`, with or without speeds."""
+    (path,) = Path(cwd).rglob("metrics.csv")
+    with open(path) as file:
+        rows = [(int(r["global_step"]), int(r["env_steps"]), r["tag"], float(r["value"])) for r in csv.DictReader(file)]
+    return [row for row in rows if speeds or row[2] != "charts/SPS"]
 
 
 def differences(a, b, path=""):

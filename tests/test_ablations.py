@@ -5,20 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    TASK,
-    FakeEnvs,
-    FakePlanner,
-    generator,
-    make_batch,
-    make_model,
-    run_loop,
-    same,
-    small_args,
-    start,
-    stored,
-    train,
-)
+from conftest import FakeEnvs, FakePlanner, generator, make_model, run_loop, same, small_args, start, stored, train
+from runs import numbers
 
 import bmpc
 
@@ -90,41 +78,18 @@ def test_the_expert_stored_at_collection(tmp_path, chosen, noise, behavior, part
     assert torch.equal(expert[6:20], torch.stack([first_actions(source, part), first_actions(source, "std")], 2))
 
 
-@pytest.mark.parametrize("chosen, noise, part", [(True, True, "elite"), (True, False, "elite"), (False, True, "mean")])
-def test_the_expert_after_reanalyze(chosen, noise, part):
-    """The drawn elite's first action, never the noise; or the plan's mean."""
-    args, planner = small_args(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise), FakePlanner()
-    buffer, batch = bmpc.ReplayBuffer(args, TASK, torch.device("cpu")), make_batch(args)
-    bmpc.reanalyze(planner, make_model(args), buffer, batch, args, generator())
-    new = batch.expert[:, :3]
-    expected = torch.stack([first_actions(planner.answers, part)[0], first_actions(planner.answers, "std")[0]], 1)
-    assert torch.equal(new, expected.unflatten(0, (3, 3)))
-    assert torch.equal(stored(buffer).expert.flatten(0, 1)[batch.place[:, :3]], new)
-
-
-def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(tmp_path):
-    """Real plans, no updates after pretraining: the same actions and means, other experts."""
-    runs = []
-    for behavior in (True, False):
-        args = small_args(initial_expert_from_behavior=behavior, utd_ratio=0.001)
-        runs.append(run_loop(args, FakeEnvs([5, 7]), tmp_path / str(behavior)))
-    a, b = runs
-    one, other = stored(a.buffer), stored(b.buffer)
-    assert torch.equal(one.action, other.action) and torch.equal(a.mean, b.mean)
-    assert torch.equal(a.draws["collect"].get_state(), b.draws["collect"].get_state())
-    assert not torch.equal(one.expert, other.expert)
-
-
-def test_a_separate_first_plan_is_unwarmed_noiseless_and_from_its_own_generator():
+def test_a_separate_first_plan_is_unwarmed_noiseless_from_its_own_generator_and_leaves_the_acting_one_alone():
     """And the policy proposes, not its average."""
     args = small_args(initial_expert_from_behavior=False, td_target_use_ema_policy=True)
-    run = start(args, FakeEnvs([5, 7]))
-    run.model = make_model(args)
-    mean, rng = torch.rand(2, 3, 2, generator=generator(1)), generator()
+    run, without = (start(x, FakeEnvs([5, 7])) for x in (args, small_args(td_target_use_ema_policy=True)))
+    model, mean, rng = make_model(args), torch.rand(2, 3, 2, generator=generator(1)), generator()
     rng.set_state(run.draws["expert"].get_state())
-    (_, expert, _), _ = bmpc.act(bmpc.plan, run.model, run.obs, mean, args, run.draws)
+    (action, expert, after), _ = bmpc.act(bmpc.plan, model, run.obs, mean, args, run.draws)
+    (*acted, other, after_without), _ = bmpc.act(bmpc.plan, model, run.obs, mean, without.args, without.draws)
+    assert same([action, after], [*acted, after_without]) and not torch.equal(expert, other)
+    assert torch.equal(run.draws["collect"].get_state(), without.draws["collect"].get_state())
     noise = bmpc.draw_plan(args, 2, 2, 3, rng)
-    expected = bmpc.plan(run.model, run.model.policy, run.obs, torch.zeros(2, 3, 2), noise, args)
+    expected = bmpc.plan(model, model.policy, run.obs, torch.zeros(2, 3, 2), noise, args)
     torch.testing.assert_close(expert, torch.stack([expected.elite, expected.std], 1))
 
 
@@ -134,7 +99,7 @@ def test_a_separate_first_plan_is_unwarmed_noiseless_and_from_its_own_generator(
 def test_the_ema_policy_exists_only_where_it_is_needed():
     uses = (dict(td_target_use_ema_policy=True), dict(policy_trust_region_coef=0.1))
     for changes, there in (({}, False), *((use, True) for use in uses)):
-        assert (bmpc.WorldModel(TASK, small_args(**changes), generator()).ema_policy is not None) == there
+        assert (make_model(small_args(**changes)).ema_policy is not None) == there
 
 
 # --- at the defaults
@@ -149,9 +114,8 @@ DIAGNOSTICS = {  # logged only where its flag is on
 
 def ended(directory, args):
     """The end of a run's model, experts and generators, and the tags it logged."""
-    run = run_loop(args, FakeEnvs([5, 7]), directory)
-    state = run.state_dict()
-    tags = {line.split(",")[2] for line in (directory / "metrics.csv").read_text().splitlines()[1:]}
+    state = run_loop(args, FakeEnvs([5, 7]), directory).state_dict()
+    tags = {tag for _, _, tag, _ in numbers(directory)}
     return [{k: x for k, x in state["model"].items() if "ema" not in k}, state["buffer"], state["draws"]], tags
 
 

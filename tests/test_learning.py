@@ -1,27 +1,22 @@
 """Updates: every loss and weight of the three scripts against a second implementation; pretraining and reanalyze."""
 
+import math
+
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import (
-    CPU,
-    TASK,
-    FakeEnvs,
-    FakePlanner,
-    draw_update,
-    generator,
-    make_batch,
-    make_model,
-    run_loop,
-    same,
-    small_args,
-    stored,
-)
+from conftest import TASK, FakeEnvs, FakePlanner, generator, make_batch, make_model, run_loop, same, small_args, stored
 
 import bmpc
 import bmpc_dual_policy
 import bmpc_multihead
+
+
+def draw_update(script, args, seed=0):
+    """An update's random numbers; the siblings have a generator of their own for what is theirs."""
+    rngs = [generator(seed)] if script is bmpc else [generator(seed), generator(seed + 1)]
+    return script.draw_update(args, TASK.action_dim, *rngs)
 
 
 def check_against_oracle(script, args, count, model=None, pretraining=lambda k: False, digits=1e-8):
@@ -124,7 +119,7 @@ def test_a_run_pretrains_once_as_often_as_it_warmed_up_and_without_reanalyze(tmp
 
 def reanalyzed(args, *firsts):
     """Reanalyzes windows that begin at these steps: plan, rows and batch before and after."""
-    buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, CPU)
+    buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, torch.device("cpu"))
     buffer.rows.copy_(-torch.rand(buffer.rows.shape, generator=generator()))
     place = torch.tensor(firsts)[None] + torch.arange(3)[:, None]
     sampled = lambda: buffer.columns(buffer.rows[:, 0][place], place)
@@ -133,23 +128,29 @@ def reanalyzed(args, *firsts):
     return planner, old, stored(buffer), batch, new
 
 
+SOURCES = [  # flags, what FakePlanner's plan k says of the expert's mean: the drawn elite never has noise
+    ({}, 0.2),
+    (dict(chosen_action_noise=False), 0.2),
+    (dict(reanalyze_use_chosen_action=False), 0.4),  # the plan's mean
+]
+
+
 @pytest.mark.parametrize("firsts", [(4, 20, 5, 21, 30), (8, 8, 8, 10, 9)])
-def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts):
+@pytest.mark.parametrize("source, mean", SOURCES)
+def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts, source, mean):
     """Windows 0 to 2 are planned anew; of a row that occurs twice one plan remains, in the batch and in the buffer.
 
     There is no previous plan; horizon and range of the policy's log std are reanalyze's.
     """
-    args = small_args(
-        batch_size=5, reanalyze_batch_size=3, reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2
-    )
-    planner, old, rows, batch, new = reanalyzed(args, *firsts)
+    own = dict(reanalyze_batch_size=3, reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2)
+    planner, old, rows, batch, new = reanalyzed(small_args(batch_size=5, **own | source), *firsts)
     planned = batch.place[:, :3].flatten().tolist()  # plan k is for row planned[k]
     for row in range(40):
         expert = rows.expert[row, 0]
         if row in planned:
-            k = round(float(expert[0, 0]) - 0.2)
+            k = math.floor(expert[0, 0])
             assert planned[k] == row
-            torch.testing.assert_close(expert, torch.tensor([[k + 0.2] * 2, [k + 0.5] * 2]))
+            torch.testing.assert_close(expert, torch.tensor([[k + mean] * 2, [k + 0.5] * 2]))
         else:
             assert torch.equal(expert, old.expert[row, 0]), row
     assert torch.equal(new.expert[:, :3], rows.expert[:, 0][batch.place[:, :3]])
@@ -168,10 +169,8 @@ def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts):
 def test_the_same_seed_gives_the_same_bits_another_seed_others_and_the_global_generator_nothing(tmp_path):
     before, ends = torch.random.get_rng_state(), []
     for k, seed in enumerate((3, 3, 4)):
-        envs = FakeEnvs([5, 7])
-        state = run_loop(
-            small_args(seed=seed, total_timesteps=20, reanalyze_interval=3), envs, tmp_path / str(k)
-        ).state_dict()
+        args, envs = small_args(seed=seed, total_timesteps=20, reanalyze_interval=3), FakeEnvs([5, 7])
+        state = run_loop(args, envs, tmp_path / str(k)).state_dict()
         parts = [state[name] for name in ("model", "optimizers", "buffer", "draws")]
         ends.append([parts, [action.tolist() for action in envs.sent]])
     assert same(ends[0], ends[1]) and not same(ends[0], ends[2])

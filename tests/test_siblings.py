@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FakeEnvs, small_args, start, train
-from runs import differences
+from runs import differences, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [("bmpc.py", "bmpc_multihead.py"), ("bmpc_multihead.py", "bmpc_dual_policy.py")]
@@ -184,14 +184,13 @@ def test_shared_flags_have_the_same_defaults_and_kinds(older, sibling):
 
 
 def whole(script, directory, **flags):
-    """A whole run with evaluations: the Run, lines of metrics.csv but for speeds, the actions of evaluations."""
+    """A whole run with evaluations: the Run, the numbers it logged but for speeds, the actions of evaluations."""
     sizes = dict(learning_starts=20, total_timesteps=80, utd_ratio=0.5, eval_freq=40, log_freq=20, reanalyze_interval=5)
     args = small_args(script, **sizes | flags)
     envs, eval_envs = FakeEnvs([9, 7], terminal=(1,) if args.episodic else ()), FakeEnvs([5, 6])
     run = start(args, envs, script=script)
     train(run, envs, directory, eval_envs, script=script)
-    rows = [line for line in (directory / "metrics.csv").read_text().splitlines()[1:] if "SPS" not in line]
-    return run, rows, [action.tolist() for action in eval_envs.sent]
+    return run, numbers(directory), [action.tolist() for action in eval_envs.sent]
 
 
 FLAGS = {
@@ -214,7 +213,7 @@ def test_without_the_variants_flags_the_scripts_compute_the_same_bits(flags, tmp
     """60 decisions after warm-up, 20 pretraining updates and 30 more, 6 reanalyses, evaluations."""
     (run, *told), *others = [whole(load(name), tmp_path / name, **FLAGS[flags]) for name in SCRIPTS]
     assert (run.global_step, run.updates, run.pretrained) == (80, 30, 20)
-    assert sum("eval/episodic_return" in line for line in told[0]) == 2
+    assert [step for step, _, tag, _ in told[0] if tag == "eval/episodic_return"] == [40, 80]
     expert = run.buffer.columns(run.buffer.rows).expert[:10]
     assert (expert[:, :, 0] != 0).any()  # of warm-up rows, N(0, 1) until reanalyze
     for name, (other, *others_told) in zip(SCRIPTS[1:], others, strict=True):
