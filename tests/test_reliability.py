@@ -208,36 +208,30 @@ def test_the_command_line_is_killed_asked_and_continued_from_outside(reference, 
 
 
 COMPILED = [*TOY, *"--compile --steps 34 --checkpoint-freq 8 --horizon 1 --reanalyze-batch-size 2".split()]  # one graph
-
-
-COMPILER = """#!{python}
-import os, pathlib, signal, sys
-trial, asked = pathlib.Path("{cwd}/trial"), pathlib.Path("{cwd}/asked")
-if any(x.endswith(".main.cpp") for x in sys.argv):
-    if trial.exists():
-        asked.touch()
-        os.kill(0, signal.SIGTERM)
-    trial.touch()
-os.execvp("g++", ["g++", *sys.argv[1:]])
+COMPILER = """#!/bin/sh
+case "$*" in *.main.cpp*) touch {asked}; kill -TERM 0;; esac
+exec {compiler} "$@"
 """
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.skipif(not (GXX := shutil.which("g++")), reason="needs g++")
 def test_compiled_too_a_run_that_is_killed_or_whose_compiler_is_ends_as_if_it_had_not_been(tmp_path):
-    options = {"task": "toy:Toy-v0", "fresh": True, "moments": [("compile_only", "plan")]}
-    compiler, whole, killed = tmp_path / "compiler", tmp_path / "whole", tmp_path / "killed"
-    compiler.write_text(COMPILER.format(python=sys.executable, cwd=tmp_path))
+    """One after the other: what the first run compiled the next ones find in the compiler's cache."""
+    whole, killed, asked, compiler = (tmp_path / name for name in ("whole", "killed", "asked", "g++"))
+    compiler.write_text(COMPILER.format(asked=asked, compiler=GXX))
     compiler.chmod(0o755)
-    broken = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    kill = {"moments": [*options["moments"], ("strike", "SIGKILL", "reanalyze", 3)]}
-    calls = ((whole, options), (killed, options | kill))
-    end, run = together(*(lambda cwd=cwd, of=of: finish(cwd, *COMPILED, **of) for cwd, of in calls))
+
+    def compiled(cwd, *moments, what="plan", **environ):
+        moments = [("compile_only", what), *moments]
+        return finish(cwd, *COMPILED, task="toy:Toy-v0", moments=moments, environ=environ)
+
+    end, run = compiled(whole), compiled(killed, ("strike", "SIGKILL", "reanalyze", 3))
     assert end.code == 0 and run.code == -signal.SIGKILL and gone(run), run
     told = [line for line in run.said().splitlines() if line.startswith("compil")]
     assert told and told == ["compiling ...", "compiled"] * (len(told) // 2)
-    run = finish(killed, *COMPILED, **options, environ=broken)
-    assert run.code == bmpc.TRY_AGAIN and gone(run) and (tmp_path / "asked").exists(), run
-    run = finish(killed, *COMPILED, **options)
+    run = compiled(killed, what="policy_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")  # not in the cache
+    assert run.code == bmpc.TRY_AGAIN and gone(run) and asked.exists(), run
+    run = compiled(killed)
     assert run.code == 0 and "continuing at step 24" in run.said() and lost(whole, killed) == [], run
 
 
