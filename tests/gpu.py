@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"bmpc": {}, "bmpc_multihead": TWO_HEADS, "bmpc_dual_policy": TWO_POLICIES}
 SHORT = "--task cartpole-swingup --learning-starts 40 --batch-size 16 --reanalyze-batch-size 4 --eval-freq 0"
 SHORT += " --log-freq 20"
-SMALL = "--enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-q 2 --num-samples 16 --num-elites 4 --num-pi-trajs 2"
+SMALL = "--num-envs 1 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-samples 16 --num-elites 4 --num-pi-trajs 2"
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 

@@ -13,19 +13,22 @@ import bmpc
 # --- 2a: utd_ratio
 
 
-@pytest.mark.parametrize("ratio, num_envs", [(0.5, 1), (0.5, 4), (4.0, 4)])
-def test_a_decision_is_followed_by_exactly_utd_ratio_updates(tmp_path, monkeypatch, ratio, num_envs):
-    """Counted at every vector step: floor(d x ratio) after d decisions, on the rows stored before this decision's."""
-    made, counts = [], []
-    monkeypatch.setattr(bmpc, "update", lambda *x: made.append(1) or {"x": torch.zeros(())})
+@pytest.mark.parametrize("ratio, num_envs", [(1.0, 1), (0.5, 1), (0.5, 4), (4.0, 4)])
+def test_planning_utd_ratio_updates_a_decision_and_stepping_come_in_the_specs_order(tmp_path, ratio, num_envs):
+    """After d decisions floor(d x ratio) updates; they see the steps stored before the decision under way."""
+    events, envs = [], FakeEnvs([50] * num_envs)
+    functions = bmpc.Functions(plan=lambda *x: events.append("plan") or bmpc.plan(*x))
     args = small_args(num_envs=num_envs, utd_ratio=ratio, total_timesteps=32, reanalyze_interval=0)
-    envs = FakeEnvs([5, 7, 6, 30][:num_envs])
-    original = envs.step_wait
-    envs.step_wait = lambda: counts.append(len(made)) or original()
-    run_loop(args, envs, tmp_path)
-    decisions = [num_envs * (k + 1) for k in range(len(counts))]
-    assert counts == [0 if d <= 12 else 12 + math.floor((d - 12) * ratio) for d in decisions]
-    assert decisions[-1] == 32 and len(made) == 12 + 20 * ratio
+    run = start(args, envs, functions)
+    envs.events, original = events, run.buffer.sample
+    run.buffer.sample = lambda u: events.append(run.buffer.step) or original(u)
+    train(run, envs, tmp_path)
+    expected, warm_up = ["step_async", "step_wait"] * (12 // num_envs), 12 // num_envs
+    expected += [warm_up] * 12
+    for step in range(warm_up, 32 // num_envs):
+        before, after = (math.floor((n * num_envs - 12) * ratio) for n in (step, step + 1))
+        expected += ["plan", "step_async", *[step] * (after - before), "step_wait"]
+    assert events == expected
 
 
 def test_utd_ratio_is_an_exact_decimal():
@@ -33,18 +36,6 @@ def test_utd_ratio_is_an_exact_decimal():
     args = small_args(utd_ratio=0.29, num_envs=1, learning_starts=10)
     assert [bmpc.updates_due(args, 10 + d) for d in (0, 3, 4, 100, 200)] == [0, 0, 1, 29, 58]
     assert math.floor(100 * 0.29) == 28
-
-
-def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path):
-    """Updates see the rows stored before the decision under way."""
-    events, envs = [], FakeEnvs([50])
-    functions = bmpc.Functions(plan=lambda *x: events.append("plan") or bmpc.plan(*x))
-    run = start(small_args(num_envs=1, total_timesteps=15, reanalyze_interval=0), envs, functions)
-    envs.events, original = events, run.buffer.sample
-    run.buffer.sample = lambda u: events.append(run.buffer.step) or original(u)
-    train(run, envs, tmp_path)
-    decisions = [["plan", "step_async", rows, "step_wait"] for rows in (12, 13, 14)]
-    assert events == ["step_async", "step_wait"] * 12 + [12] * 12 + sum(decisions, [])
 
 
 # --- 2c: the expert's source

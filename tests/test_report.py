@@ -5,6 +5,7 @@ And results/: the kept curves are those of the commands beside them, README's ta
 
 import csv
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -271,11 +272,17 @@ def test_a_kept_run_is_whole(folder, name, about):
     assert np.isfinite([[float(row["planner_return"]), float(row["policy_return"])] for row in rows]).all()
 
 
+@functools.cache
+def arguments(script, *flags):
+    args = importlib.import_module(script).parse_args(flags)
+    return script, dataclasses.astuple(dataclasses.replace(args, preset="full"))
+
+
 def meaning(command):
-    """What a command line runs: its script, and the arguments, however they are spelled."""
+    """What a command line runs: its script and arguments, however they are spelled, and its seed."""
     _python, script, *flags = shlex.split(command)
-    args = importlib.import_module(Path(script).stem).parse_args(flags)
-    return Path(script).stem, dataclasses.astuple(dataclasses.replace(args, preset="full"))
+    k = flags.index("--seed")
+    return arguments(Path(script).stem, *flags[:k], *flags[k + 2 :]), flags[k + 1]
 
 
 def test_the_sweeps_still_say_the_kept_commands():

@@ -61,7 +61,7 @@ def test_a_run_reaches_its_updates_its_reanalyses_and_its_checkpoints_and_says_w
     (versions,) = json.loads((directory / "versions.json").read_text())
     assert {"git_commit", "python", "command", "time"} <= set(versions)
     assert json.loads((directory / "args.json").read_text())["discount"] == 0.95
-    assert {path.name for path in directory.parent.parent.iterdir()} == {"runs", "stdout.0", "stderr.0"}  # no other
+    assert {path.name for path in run.cwd.iterdir()} - {file.name for file in run.files.values()} == {"runs"}
 
 
 # --- episodes and their seeds
