@@ -181,10 +181,11 @@ def play(args, envs, planner, planning=True, step=0):
 
 
 @pytest.mark.parametrize("drawn, part", [(False, "best"), (True, "elite")])
-def test_evaluation_plays_the_best_elite_or_a_drawn_one_warm_starts_within_episodes_and_returns_belong_to_theirs(
-    drawn, part
-):
-    """Workers of 5 and 7 decisions share 5 episodes: 0 and 1 first, then whoever is free; the rest is not counted."""
+def test_evaluation_plays_the_best_elite_or_a_drawn_one_and_keeps_episodes_apart(drawn, part):
+    """In warm starts and returns. Workers of 5 and 7 decisions share 5 episodes: 0 and 1 first, then whoever is free.
+
+    The rest is not counted.
+    """
     envs, planner = FakeEnvs([5, 7]), FakePlanner()
     _, returns = play(small_args(eval_episodes=5, eval_sample_elite=drawn), envs, planner)
     played = zip(envs.sent, planner.answers, strict=True)

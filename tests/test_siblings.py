@@ -88,14 +88,12 @@ def listed(sibling: str) -> list[int]:
 
 
 @pytest.mark.parametrize("older, sibling", PAIRS)
-def test_every_difference_is_in_a_tagged_seam_and_the_lines_under_the_seams_did_not_drift(older, sibling):
+def test_every_difference_is_in_a_tagged_seam_and_the_lines_under_it_did_not_drift(older, sibling):
     now, then = seam_table(older, sibling), SEAMS[sibling]
     for seam in sorted(set(now) | set(then), key=str):  # None: a difference without a tag
         changed = [(f"{sibling}:{h.line}", h.old, h.new) for h in hunks(older, sibling) if h.seam == seam]
-        told = (
-            f"seam [V{seam}] of {sibling} drifted: {then.get(seam)} is now {now.get(seam)}. See that the change is in"
-        )
-        told += " both scripts, then write the new table, which `python tests/test_siblings.py` prints."
+        told = f"seam [V{seam}] of {sibling} drifted: {then.get(seam)} is now {now.get(seam)}. See that the change is "
+        told += "in both scripts, then write the new table, which `python tests/test_siblings.py` prints."
         assert now.get(seam) == then.get(seam), (told, changed)
 
 
