@@ -38,18 +38,6 @@ def small_args(script=bmpc, **changes):
     return script.Args(**given)
 
 
-def flags(**changes):
-    """A command line, as strings, of small sizes and these changes."""
-    words = []
-    for name, value in ({k: v for k, v in SMALL.items() if k not in ("discount", "action_repeat")} | changes).items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", str(value)]
-    return words
-
-
 def generator(seed=0, device="cpu"):
     return torch.Generator(device).manual_seed(seed)
 
@@ -69,12 +57,6 @@ def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
             logits = model.termination(model.dynamics(z, normal(1, 64, task.action_dim).clamp(-1, 1)))
             model.termination.layers[-1].bias -= logits.median()
     return model
-
-
-def draw_update(script, args, seed=0):
-    """An update's random numbers; the siblings have a generator of their own for what is theirs."""
-    rngs = [generator(seed)] if script is bmpc else [generator(seed), generator(seed + 1)]
-    return script.draw_update(args, TASK.action_dim, *rngs)
 
 
 def make_batch(args, task=TASK, seed=0):

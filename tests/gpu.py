@@ -19,24 +19,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import runs
 import throughput
 import torch
 from throughput import TWO_HEADS, TWO_POLICIES, Bench, bmpc
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"bmpc": {}, "bmpc_multihead": TWO_HEADS, "bmpc_dual_policy": TWO_POLICIES}
-SHORT = "--task cartpole-swingup --learning-starts 40 --batch-size 16 --reanalyze-batch-size 4 --eval-episodes 1"
-SMALL = "--enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-q 2 --num-samples 16 --num-elites 4 --num-pi-trajs 2"
+SHORT = "--task cartpole-swingup --learning-starts 40 --batch-size 16 --reanalyze-batch-size 4 --eval-freq 0"
+SHORT += " --log-freq 20"
+SMALL = "--num-envs 1 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-samples 16 --num-elites 4 --num-pi-trajs 2"
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
-
-
-def words(flags):
-    """{"num_q": 2, "compile": False} as a command line."""
-    line = []
-    for name, value in flags.items():
-        option = name.replace("_", "-")
-        line += [f"--{'no-' * (value is False)}{option}"] + [str(value)] * (not isinstance(value, bool))
-    return line
 
 
 def said(text):
@@ -55,16 +48,6 @@ def run_script(name, cwd, *line, limit=None):
     return process.returncode, "\n".join(text.splitlines()[-8:])
 
 
-def numbers(cwd):
-    """By tag, the (step, value) pairs that a run logged."""
-    (path,) = Path(cwd).glob("runs/*/metrics.csv")
-    found = {}
-    with open(path) as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["tag"], []).append((int(row["global_step"]), float(row["value"])))
-    return found
-
-
 # --- right?
 
 
@@ -79,9 +62,8 @@ def check_waits(options):
             if bench.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode(alarm)
             try:
-                (action, expert, _), metrics = script.act(
-                    run.functions.plan, run.model, run.obs, run.mean, run.args, run.draws
-                )
+                plan, draws = run.functions.plan, run.draws
+                (action, expert, _), metrics = script.act(plan, run.model, run.obs, run.mean, run.args, draws)
                 run.measure(metrics)
                 reward = script.to_device(rows, bench.device)
                 run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0)
@@ -95,23 +77,18 @@ def check_waits(options):
 
 def check_runs(options):
     """A short run of each script; of bmpc.py one that goes on where it stopped, against one that never did."""
-    modes = ["--device", options.device] + (
-        ["--no-compile", *SMALL.split()] if options.small else ["--model-size", "1"]
-    )
+    line = f"{SHORT} --device {options.device} " + (f"--no-compile {SMALL}" if options.small else "--model-size 1")
     for name, flags in SCRIPTS.items():
         results = []
         for stops in ((80,), (60, 80))[: 2 if name == "bmpc" else 1]:
             with tempfile.TemporaryDirectory() as cwd:
                 for steps in stops:
-                    line = [*SHORT.split(), *modes, "--steps", str(steps), "--log-freq", "20", *words(flags)]
-                    code, text = run_script(name, cwd, *line, "--eval-freq", "0")
+                    code, text = run_script(name, cwd, *line.split(), f"--steps={steps}", *runs.words(flags))
                     if code:
                         raise SystemExit(f"{name} failed with code {code}:\n{text}")
-                results.append({tag: rows for tag, rows in numbers(cwd).items() if tag != "charts/SPS"})
-        same = (
-            "" if len(results) == 1 else f"; continued, it logs {'the same' if results[0] == results[1] else 'OTHER'}"
-        )
-        said(f"a short run of {name}: good{same}" + " numbers" * bool(same))
+                results.append(runs.numbers(cwd))
+        same = "the same" if results[0] == results[-1] else "OTHER"
+        said(f"a short run of {name}: good" + f"; continued, it logs {same} numbers" * (len(results) > 1))
 
 
 def check_tests():
@@ -146,18 +123,16 @@ class Profiled(Bench):
 
 def train(options, seconds):
     """The default dog-run for so long: decisions a second at its end, and the returns so far."""
-    flags = ["--task", "dog-run", "--device", options.device, "--log-freq", "200"]
-    flags += (
-        ["--no-compile", "--learning-starts", "16", "--log-freq", "4", "--steps", "24", *SMALL.split()]
-        if options.small
-        else []
-    )
+    flags = f"--task dog-run --device {options.device} --log-freq 200"
+    flags += f" --no-compile --learning-starts 16 --log-freq 4 --steps 24 --eval-freq 0 {SMALL}" * options.small
     with tempfile.TemporaryDirectory() as cwd:
-        code, text = run_script("bmpc", cwd, *flags, limit=None if options.small else seconds)
+        code, text = run_script("bmpc", cwd, *flags.split(), limit=None if options.small else seconds)
         if code not in (0, bmpc.TRY_AGAIN):
             raise SystemExit(f"the training run failed with code {code}:\n{text}")
-        found = numbers(cwd)
-    speeds, returns = found.get("charts/SPS", []), found.get("charts/episodic_return", [])
+        found = runs.numbers(cwd, speeds=True)
+    speeds, returns = (
+        [(step, value) for step, _, of, value in found if of == tag] for tag in ("charts/SPS", "charts/episodic_return")
+    )
     if speeds:
         said(f"dog-run: at step {speeds[-1][0]}, {speeds[-1][1]:.2f} decisions a second")
     for step, value in returns:

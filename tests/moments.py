@@ -71,18 +71,6 @@ def strike_half_saved(script, name, number, share):
     before(script, "torch.save", happen)
 
 
-def strike_before_rename(script, name, number):
-    """The signal `name` when the `number`-th checkpoint is written and about to take its place."""
-    seen = [0]
-
-    def happen(_, args):
-        seen[0] += str(args[1]).endswith("checkpoint.pt")
-        if str(args[1]).endswith("checkpoint.pt") and seen[0] == number:
-            send(name)
-
-    before(script, "os.replace", happen)
-
-
 def strike_anywhere(script, name, number):
     """The signal `name` at the `number`-th call or return that a line of the script's main thread makes or sees."""
     seen = [0]

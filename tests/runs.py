@@ -2,12 +2,11 @@
 
 import atexit
 import csv
+import functools
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,72 +22,66 @@ LENGTHS = "--learning-starts 24 --batch-size 16 --reanalyze-batch-size 4 --num-e
 TINY = NETWORK + PLANNER + LENGTHS
 
 
-class Zygote:
-    """The process that the runs are forked from; one for all tests of a session."""
+def words(flags):
+    """{"num_q": 2, "compile": False} as a command line."""
+    options = {name.replace("_", "-"): value for name, value in flags.items()}
+    return [f"--{'no-' * (x is False)}{name}" + f"={x}" * (not isinstance(x, bool)) for name, x in options.items()]
 
-    started = None
 
-    def __init__(self):
-        command = [sys.executable, str(TESTS / "zygote.py")]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.lock, self.answers, self.runs = threading.Lock(), queue.Queue(), {}
-        threading.Thread(target=self.listen, daemon=True).start()
-        atexit.register(self.end)
-        self.answers.get(timeout=PATIENCE)  # ready
+@functools.cache
+def zygote(*flags, environ=()):
+    """The process that runs are forked from; one for all tests of a session, or one with variables of its own."""
+    command = [sys.executable, str(TESTS / "zygote.py"), *flags]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | dict(environ), bufsize=0)
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)  # before that
+    return process
 
-    def listen(self):
-        for line in self.process.stdout:
-            answer = json.loads(line)
-            if "ended" not in answer:
-                self.answers.put(answer)
-                continue
-            while (pid := answer["ended"]) not in self.runs:  # its start is still being noted down
-                time.sleep(0.001)
-            self.runs.pop(pid).codes.put(answer["code"])
 
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def start(self, run, request):
-        with self.lock:
-            self.process.stdin.write((json.dumps(request) + "\n").encode())
-            self.process.stdin.flush()
-            pid = self.answers.get(timeout=PATIENCE)["started"]
-            self.runs[pid] = run
-            return pid
+def patiently(condition, run):
+    """Waits for `condition()`."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"hangs: {run}"
+        time.sleep(0.01)
 
 
 class Run:
     """A started run; a `fresh` one imports all by itself."""
 
     def __init__(self, cwd, argv, moments=(), environ=None, script="bmpc", fresh=False):
-        number = len(list(cwd.glob("stdout.*")))
-        self.cwd, self.codes, self.code = cwd, queue.Queue(), None
-        self.stdout, self.stderr = cwd / f"stdout.{number}", cwd / f"stderr.{number}"
-        self.stdout.touch()
-        request = {"cwd": str(cwd), "argv": argv, "script": script, "environ": environ or {}, "moments": list(moments)}
-        request |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
-        if fresh:
-            command = [sys.executable, str(TESTS / "zygote.py"), json.dumps(request)]
-            process = subprocess.Popen(command, env=os.environ | request["environ"], start_new_session=True)
-            self.pid = process.pid
-            threading.Thread(target=lambda: self.codes.put(process.wait()), daemon=True).start()
-        else:
-            Zygote.started = Zygote.started or Zygote()
-            self.pid = Zygote.started.start(self, request)
+        number, environ = len(list(cwd.glob("stdout.*"))), environ or {}
+        self.cwd, self.files = cwd, {name: cwd / f"{name}.{number}" for name in ("stdout", "stderr", "status")}
+        for file in self.files.values():
+            file.touch()
+        request = {"cwd": str(cwd), "argv": argv, "script": script, "environ": environ, "moments": list(moments)}
+        request |= {name: str(file) for name, file in self.files.items()}
+        process = zygote("--fresh", environ=tuple(environ.items())) if fresh else zygote()
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        patiently(lambda: self.told("status"), self)
+
+    def told(self, name):
+        """What it wrote so far: to stdout, stderr, or of its status: its process id and exit code."""
+        return self.files[name].read_text()
+
+    @property
+    def pid(self):
+        return int(self.told("status").split()[0])
+
+    @property
+    def code(self):
+        """Once it ended: its exit code, or minus the number of the signal that ended it."""
+        return next((int(word) for word in self.told("status").split()[1:]), None)
 
     def wait(self):
-        """Until it ended; `code` is its exit code, or minus the number of the signal that ended it."""
-        if self.code is None:
-            self.code = self.codes.get(timeout=PATIENCE)
+        patiently(lambda: self.code is not None, self)
         return self
 
     def said(self):
-        return self.stdout.read_text()
+        return self.told("stdout")
 
     def warned(self):
-        return self.stderr.read_text()
+        return self.told("stderr")
 
     def __repr__(self):
         return f"<run {self.pid}, code {self.code}\n{self.said()[-2000:]}\n{self.warned()[-3000:]}>"
@@ -118,20 +111,13 @@ def finish(cwd, *flags, **options):
 
 def until(condition, run):
     """Waits for `condition()`; fails if the run ends first."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert run.codes.empty(), f"ended early: {run.wait()}"
-        assert time.monotonic() < deadline, f"hangs: {run}"
-        time.sleep(0.01)
+    patiently(lambda: run.code is not None or condition(), run)
+    assert run.code is None, f"ended early: {run}"
 
 
 def gone(run):
     """Whether every process of an ended run is gone, after a while if need be."""
-    deadline = time.monotonic() + PATIENCE
-    while run.processes():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
+    patiently(lambda: not run.processes(), run)
     return True
 
 
@@ -151,11 +137,12 @@ def column(state, k):
     return state["buffer"]["rows"].split([obs, A, 2 * A, 1, 1, obs], -1)[k]
 
 
-def numbers(cwd):
-    """The lines of metrics.csv, but for speeds."""
-    with open(directory(cwd) / "metrics.csv", newline="") as file:
-        lines = [tuple(line) for line in csv.reader(file)]
-    return [line for line in lines if line[2] != "charts/SPS"]
+def numbers(cwd, speeds=False):
+    """The lines (global_step, env_steps, tag, value) of the one metrics.csv below `cwd`, with or without speeds."""
+    (path,) = Path(cwd).rglob("metrics.csv")
+    with open(path) as file:
+        rows = [(int(r["global_step"]), int(r["env_steps"]), r["tag"], float(r["value"])) for r in csv.DictReader(file)]
+    return [row for row in rows if speeds or row[2] != "charts/SPS"]
 
 
 def differences(a, b, path=""):

@@ -5,39 +5,30 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    TASK,
-    FakeEnvs,
-    FakePlanner,
-    generator,
-    make_batch,
-    make_model,
-    run_loop,
-    same,
-    small_args,
-    start,
-    stored,
-    train,
-)
+from conftest import FakeEnvs, FakePlanner, generator, make_model, run_loop, same, small_args, start, stored, train
+from runs import numbers
 
 import bmpc
 
 # --- 2a: utd_ratio
 
 
-@pytest.mark.parametrize("ratio, num_envs", [(0.5, 1), (0.5, 4), (4.0, 4)])
-def test_a_decision_is_followed_by_exactly_utd_ratio_updates(tmp_path, monkeypatch, ratio, num_envs):
-    """Counted at every vector step: floor(d x ratio) after d decisions, on the rows stored before this decision's."""
-    made, counts = [], []
-    monkeypatch.setattr(bmpc, "update", lambda *x: made.append(1) or {"x": torch.zeros(())})
+@pytest.mark.parametrize("ratio, num_envs", [(1.0, 1), (0.5, 1), (0.5, 4), (4.0, 4)])
+def test_planning_utd_ratio_updates_a_decision_and_stepping_come_in_the_specs_order(tmp_path, ratio, num_envs):
+    """After d decisions floor(d x ratio) updates; they see the steps stored before the decision under way."""
+    events, envs = [], FakeEnvs([50] * num_envs)
+    functions = bmpc.Functions(plan=lambda *x: events.append("plan") or bmpc.plan(*x))
     args = small_args(num_envs=num_envs, utd_ratio=ratio, total_timesteps=32, reanalyze_interval=0)
-    envs = FakeEnvs([5, 7, 6, 30][:num_envs])
-    original = envs.step_wait
-    envs.step_wait = lambda: counts.append(len(made)) or original()
-    run_loop(args, envs, tmp_path)
-    decisions = [num_envs * (k + 1) for k in range(len(counts))]
-    assert counts == [0 if d <= 12 else 12 + math.floor((d - 12) * ratio) for d in decisions]
-    assert decisions[-1] == 32 and len(made) == 12 + 20 * ratio
+    run = start(args, envs, functions)
+    envs.events, original = events, run.buffer.sample
+    run.buffer.sample = lambda u: events.append(run.buffer.step) or original(u)
+    train(run, envs, tmp_path)
+    expected, warm_up = ["step_async", "step_wait"] * (12 // num_envs), 12 // num_envs
+    expected += [warm_up] * 12
+    for step in range(warm_up, 32 // num_envs):
+        before, after = (math.floor((n * num_envs - 12) * ratio) for n in (step, step + 1))
+        expected += ["plan", "step_async", *[step] * (after - before), "step_wait"]
+    assert events == expected
 
 
 def test_utd_ratio_is_an_exact_decimal():
@@ -45,18 +36,6 @@ def test_utd_ratio_is_an_exact_decimal():
     args = small_args(utd_ratio=0.29, num_envs=1, learning_starts=10)
     assert [bmpc.updates_due(args, 10 + d) for d in (0, 3, 4, 100, 200)] == [0, 0, 1, 29, 58]
     assert math.floor(100 * 0.29) == 28
-
-
-def test_planning_updating_and_stepping_come_in_the_specs_order(tmp_path):
-    """Updates see the rows stored before the decision under way."""
-    events, envs = [], FakeEnvs([50])
-    functions = bmpc.Functions(plan=lambda *x: events.append("plan") or bmpc.plan(*x))
-    run = start(small_args(num_envs=1, total_timesteps=15, reanalyze_interval=0), envs, functions)
-    envs.events, original = events, run.buffer.sample
-    run.buffer.sample = lambda u: events.append(run.buffer.step) or original(u)
-    train(run, envs, tmp_path)
-    decisions = [["plan", "step_async", rows, "step_wait"] for rows in (12, 13, 14)]
-    assert events == ["step_async", "step_wait"] * 12 + [12] * 12 + sum(decisions, [])
 
 
 # --- 2c: the expert's source
@@ -90,41 +69,18 @@ def test_the_expert_stored_at_collection(tmp_path, chosen, noise, behavior, part
     assert torch.equal(expert[6:20], torch.stack([first_actions(source, part), first_actions(source, "std")], 2))
 
 
-@pytest.mark.parametrize("chosen, noise, part", [(True, True, "elite"), (True, False, "elite"), (False, True, "mean")])
-def test_the_expert_after_reanalyze(chosen, noise, part):
-    """The drawn elite's first action, never the noise; or the plan's mean."""
-    args, planner = small_args(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise), FakePlanner()
-    buffer, batch = bmpc.ReplayBuffer(args, TASK, torch.device("cpu")), make_batch(args)
-    bmpc.reanalyze(planner, make_model(args), buffer, batch, args, generator())
-    new = batch.expert[:, :3]
-    expected = torch.stack([first_actions(planner.answers, part)[0], first_actions(planner.answers, "std")[0]], 1)
-    assert torch.equal(new, expected.unflatten(0, (3, 3)))
-    assert torch.equal(stored(buffer).expert.flatten(0, 1)[batch.place[:, :3]], new)
-
-
-def test_a_separate_first_plan_leaves_the_acting_plan_and_its_warm_start_alone(tmp_path):
-    """Real plans, no updates after pretraining: the same actions and means, other experts."""
-    runs = []
-    for behavior in (True, False):
-        args = small_args(initial_expert_from_behavior=behavior, utd_ratio=0.001)
-        runs.append(run_loop(args, FakeEnvs([5, 7]), tmp_path / str(behavior)))
-    a, b = runs
-    one, other = stored(a.buffer), stored(b.buffer)
-    assert torch.equal(one.action, other.action) and torch.equal(a.mean, b.mean)
-    assert torch.equal(a.draws["collect"].get_state(), b.draws["collect"].get_state())
-    assert not torch.equal(one.expert, other.expert)
-
-
-def test_a_separate_first_plan_is_unwarmed_noiseless_and_from_its_own_generator():
+def test_a_separate_first_plan_is_unwarmed_noiseless_from_its_own_generator_and_leaves_the_acting_one_alone():
     """And the policy proposes, not its average."""
     args = small_args(initial_expert_from_behavior=False, td_target_use_ema_policy=True)
-    run = start(args, FakeEnvs([5, 7]))
-    run.model = make_model(args)
-    mean, rng = torch.rand(2, 3, 2, generator=generator(1)), generator()
+    run, without = (start(x, FakeEnvs([5, 7])) for x in (args, small_args(td_target_use_ema_policy=True)))
+    model, mean, rng = make_model(args), torch.rand(2, 3, 2, generator=generator(1)), generator()
     rng.set_state(run.draws["expert"].get_state())
-    (_, expert, _), _ = bmpc.act(bmpc.plan, run.model, run.obs, mean, args, run.draws)
+    (action, expert, after), _ = bmpc.act(bmpc.plan, model, run.obs, mean, args, run.draws)
+    (*acted, other, after_without), _ = bmpc.act(bmpc.plan, model, run.obs, mean, without.args, without.draws)
+    assert same([action, after], [*acted, after_without]) and not torch.equal(expert, other)
+    assert torch.equal(run.draws["collect"].get_state(), without.draws["collect"].get_state())
     noise = bmpc.draw_plan(args, 2, 2, 3, rng)
-    expected = bmpc.plan(run.model, run.model.policy, run.obs, torch.zeros(2, 3, 2), noise, args)
+    expected = bmpc.plan(model, model.policy, run.obs, torch.zeros(2, 3, 2), noise, args)
     torch.testing.assert_close(expert, torch.stack([expected.elite, expected.std], 1))
 
 
@@ -134,7 +90,7 @@ def test_a_separate_first_plan_is_unwarmed_noiseless_and_from_its_own_generator(
 def test_the_ema_policy_exists_only_where_it_is_needed():
     uses = (dict(td_target_use_ema_policy=True), dict(policy_trust_region_coef=0.1))
     for changes, there in (({}, False), *((use, True) for use in uses)):
-        assert (bmpc.WorldModel(TASK, small_args(**changes), generator()).ema_policy is not None) == there
+        assert (make_model(small_args(**changes)).ema_policy is not None) == there
 
 
 # --- at the defaults
@@ -149,9 +105,8 @@ DIAGNOSTICS = {  # logged only where its flag is on
 
 def ended(directory, args):
     """The end of a run's model, experts and generators, and the tags it logged."""
-    run = run_loop(args, FakeEnvs([5, 7]), directory)
-    state = run.state_dict()
-    tags = {line.split(",")[2] for line in (directory / "metrics.csv").read_text().splitlines()[1:]}
+    state = run_loop(args, FakeEnvs([5, 7]), directory).state_dict()
+    tags = {tag for _, _, tag, _ in numbers(directory)}
     return [{k: x for k, x in state["model"].items() if "ema" not in k}, state["buffer"], state["draws"]], tags
 
 

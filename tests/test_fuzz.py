@@ -39,11 +39,6 @@ CHOICES = dict(  # values that go with each other and with BASE's
 )  # fmt: skip
 
 
-def words(name, value):
-    option = name.replace("_", "-")
-    return [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}={value}"]
-
-
 VALID = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in CHOICES.items()})
 
 
@@ -62,8 +57,7 @@ def fill(buffer, steps):
 @fuzz(25)
 @given(VALID)
 def test_every_valid_command_line_acts_and_learns(changes):
-    argv = BASE + [word for name, value in changes.items() for word in words(name, value)]
-    args, task = bmpc.fill_in(bmpc.parse_args(argv))
+    args, task = bmpc.fill_in(bmpc.parse_args(BASE + runs.words(changes)))
     run = bmpc.Run(args, task, CPU)
     fill(run.buffer, 20)
     before = [x.clone() for x in run.model.parameters()]
@@ -105,7 +99,7 @@ def test_every_wrong_value_is_refused_in_one_line_and_named(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for value in WRONG[name]:
         try:
-            code, lines = bmpc.main([*BASE, f"--{name.strip().replace('_', '-')}={value}"]), 1
+            code, lines = bmpc.main(BASE + runs.words({name.strip(): value})), 1
         except SystemExit as end:  # tyro's
             code, lines = end.code, None
         said = capsys.readouterr()
@@ -132,8 +126,7 @@ FIELDS = [field.name for field in bmpc.dataclasses.fields(bmpc.Args)]
 def test_any_other_command_line_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     try:
-        args = bmpc.parse_args(BASE + [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()])
-        bmpc.choose_device(bmpc.fill_in(args)[0])
+        bmpc.choose_device(bmpc.fill_in(bmpc.parse_args(BASE + runs.words(changes)))[0])
     except bmpc.Refused as refusal:
         assert "\n" not in str(refusal), changes
     except SystemExit as end:

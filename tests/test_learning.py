@@ -1,27 +1,123 @@
-"""Updates: every loss and weight of the three scripts against a second implementation; pretraining and reanalyze."""
+"""Learning: numbers and layers against loops and closed forms, every loss and weight of the three scripts against a
+second implementation; pretraining, reanalyze, random numbers.
+"""
+
+import functools
+import math
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import (
-    CPU,
-    TASK,
-    FakeEnvs,
-    FakePlanner,
-    draw_update,
-    generator,
-    make_batch,
-    make_model,
-    run_loop,
-    same,
-    small_args,
-    stored,
-)
+import torch.nn.functional as F
+from conftest import TASK, FakeEnvs, FakePlanner, generator, make_batch, make_model, run_loop, same, small_args, stored
 
 import bmpc
 import bmpc_dual_policy
 import bmpc_multihead
+
+# --- numbers and layers
+
+EDGES = [math.copysign(math.expm1(abs(s)), s) for s in np.linspace(-10, 10, 101)]  # the values that lie on a bin
+BETWEEN = [math.copysign(math.expm1(abs(s)), s) for s in np.linspace(-9.97, 9.97, 57)]
+
+
+@pytest.mark.parametrize("args", [small_args(), small_args(vmin=-2.0, vmax=3.0, num_bins=7)], ids=["101", "7"])
+def test_two_hot_and_its_inverse_equal_loops_over_values_and_bins(double, args):
+    """On, between and beyond the bins, where nothing wraps around; the inverse is symexp of the mean bin."""
+    low, high = (math.copysign(math.expm1(abs(s)), s) for s in (args.vmin, args.vmax))
+    x = torch.tensor([0.0, 1e-8, *EDGES, *BETWEEN, low, high, low - 1, high + 1, 1e20, -1e20])
+    target = bmpc.two_hot(x, args)
+    torch.testing.assert_close(target, oracle.two_hot(x, args), rtol=0, atol=1e-10)
+    torch.testing.assert_close(bmpc.two_hot_inv(target.log(), args), x.clamp(low, high), rtol=1e-9, atol=1e-9)
+    assert bmpc.two_hot(torch.tensor([math.inf, -math.inf]), args)[:, [-1, 0]].tolist() == [[1, 0], [0, 1]]
+    logits = 2 * torch.randn(40, args.num_bins, generator=generator())
+    torch.testing.assert_close(bmpc.two_hot_inv(logits, args), oracle.scalar(logits, args), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 101, 256])
+def test_kl_scale_follows_the_spread_of_the_percentiles(double, count):
+    kl = 50 * torch.rand(count, generator=generator()) ** 1.5
+    spread = max(np.percentile(kl.numpy(), 95) - np.percentile(kl.numpy(), 5), 1.0)
+    assert float(bmpc.update_kl_scale(torch.tensor(7.0), kl)) == pytest.approx(7 + 0.01 * (spread - 7))
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+def test_mish_has_one_value_and_gradient_compiled_and_eager(monkeypatch, dtype, close):
+    """The algebraic form that is compiled equals x tanh(softplus(x)) everywhere, also where exp would overflow."""
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([-1e4, 1e4])]).to(dtype).requires_grad_()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    algebraic = bmpc.mish(x)
+    monkeypatch.undo()
+    truth = x * torch.tanh(F.softplus(x))
+    for y in (algebraic, bmpc.mish(x)):
+        torch.testing.assert_close(y, truth, atol=close, rtol=close)
+        slopes = [torch.autograd.grad(v.sum(), x, retain_graph=True)[0] for v in (y, truth)]
+        torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_head_after_the_other_equals_the_stack_at_once_and_written_out_with_its_gradients(double, shared):
+    """On x and a whose leading dimensions only broadcast: the product with [x, a] is the sum of two."""
+    net = bmpc.MLP([7, 16, 16, 8], generator(), heads=3, last=functools.partial(bmpc.simnorm, group=4))
+    x, a, keep = torch.randn(1 if shared else 3, 4, 1, 5), torch.randn(1, 4, 6, 2), torch.rand(3, 4, 6, 16)
+    leaves = [v.requires_grad_() for v in (x, a, keep)] + list(net.parameters())
+    weights = torch.randn(3, 4, 6, 8)
+    joined = torch.cat([x.expand(3, 4, 6, 5), a.expand(3, 4, 6, 2)], -1)
+    written = torch.stack([oracle.network(net, h, joined[h], keep[h]) for h in range(3)])
+    grads = lambda y: torch.autograd.grad((y * weights).sum(), leaves, retain_graph=True)
+    for y in (net(x, a, keep), net(x, a, keep, slice(None))):  # at once, as on a GPU
+        torch.testing.assert_close(y, written, atol=1e-12, rtol=1e-12)
+        for p, q in zip(grads(y), grads(written), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("p", [1e-30, 1e-4, 0.01, 0.3, 0.97])
+def test_a_dropout_mask_walks_geometric_gaps(p):
+    args = small_args(num_q=1, horizon=2, batch_size=5, mlp_dim=301, dropout=p)
+    u = bmpc.draw_update(args, 2, generator(3)).dropout
+    mask = bmpc.dropout_mask((1, 2, 5, 301), p, u)
+    more = torch.rand(5000, generator=generator(4), dtype=torch.float64)
+    assert torch.equal(mask, oracle.dropped(args, torch.cat([u, more])))  # the numbers reach to the end
+
+
+def test_networks_have_the_layers_and_widths_asked_for():
+    args = small_args(enc_dim=24, mlp_dim=20, latent_dim=16, num_enc_layers=4, num_q=5, episodic=True)
+    model = bmpc.WorldModel(TASK, args, generator())
+    widths = lambda net: [tuple(p.shape) for name, p in net.named_parameters() if name.endswith("weight")]
+    assert widths(model.encoder) == [(1, 4, 24), (1, 24, 24), (1, 24, 24), (1, 24, 16)]
+    assert widths(model.dynamics) == [(1, 18, 20), (1, 20, 20), (1, 20, 16)]
+    assert widths(model.reward) == [(1, 18, 20), (1, 20, 20), (1, 20, 101)]
+    assert widths(model.value) == widths(model.target_value) == [(5, 16, 20), (5, 20, 20), (5, 20, 101)]
+    assert widths(model.policy) == [(1, 16, 20), (1, 20, 20), (1, 20, 4)]
+    assert widths(model.termination) == [(1, 16, 20), (1, 20, 20), (1, 20, 1)]
+
+
+def test_weights_begin_small_and_the_heads_of_rewards_and_values_at_zero():
+    args = small_args(mlp_dim=128, latent_dim=128, enc_dim=128, num_q=4)
+    model = bmpc.WorldModel(TASK, args, generator())
+    for net in (model.encoder, model.dynamics, model.reward, model.value, model.policy):
+        for name, p in net.named_parameters():
+            if name.endswith("bias") or name.endswith("shift"):
+                assert (p == 0).all()
+            elif name.endswith("scale"):
+                assert (p == 1).all()
+            elif name == "layers.2.weight" and net in (model.reward, model.value):
+                assert (p == 0).all()
+            else:
+                assert p.detach().std().item() == pytest.approx(0.02, rel=0.15)
+    first = model.value.layers[0].weight
+    assert not torch.equal(first[0], first[1])  # every head its own numbers
+    assert torch.equal(first, model.target_value.layers[0].weight)
+
+
+# --- against the second implementation
+
+
+def draw_update(script, args, seed=0):
+    """An update's random numbers; the siblings have a generator of their own for what is theirs."""
+    rngs = [generator(seed)] if script is bmpc else [generator(seed), generator(seed + 1)]
+    return script.draw_update(args, TASK.action_dim, *rngs)
 
 
 def check_against_oracle(script, args, count, model=None, pretraining=lambda k: False, digits=1e-8):
@@ -40,9 +136,6 @@ def check_against_oracle(script, args, count, model=None, pretraining=lambda k: 
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=name)
     assert model.kl_scale.view(-1).tolist() == pytest.approx(slow.scales, rel=digits)
     return rows
-
-
-# --- against the second implementation
 
 
 def test_the_baselines_losses_over_20_updates(double):
@@ -124,7 +217,7 @@ def test_a_run_pretrains_once_as_often_as_it_warmed_up_and_without_reanalyze(tmp
 
 def reanalyzed(args, *firsts):
     """Reanalyzes windows that begin at these steps: plan, rows and batch before and after."""
-    buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, CPU)
+    buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, torch.device("cpu"))
     buffer.rows.copy_(-torch.rand(buffer.rows.shape, generator=generator()))
     place = torch.tensor(firsts)[None] + torch.arange(3)[:, None]
     sampled = lambda: buffer.columns(buffer.rows[:, 0][place], place)
@@ -133,23 +226,29 @@ def reanalyzed(args, *firsts):
     return planner, old, stored(buffer), batch, new
 
 
+SOURCES = [  # flags, what FakePlanner's plan k says of the expert's mean: the drawn elite never has noise
+    ({}, 0.2),
+    (dict(chosen_action_noise=False), 0.2),
+    (dict(reanalyze_use_chosen_action=False), 0.4),  # the plan's mean
+]
+
+
 @pytest.mark.parametrize("firsts", [(4, 20, 5, 21, 30), (8, 8, 8, 10, 9)])
-def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts):
+@pytest.mark.parametrize("source, mean", SOURCES)
+def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts, source, mean):
     """Windows 0 to 2 are planned anew; of a row that occurs twice one plan remains, in the batch and in the buffer.
 
     There is no previous plan; horizon and range of the policy's log std are reanalyze's.
     """
-    args = small_args(
-        batch_size=5, reanalyze_batch_size=3, reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2
-    )
-    planner, old, rows, batch, new = reanalyzed(args, *firsts)
+    own = dict(reanalyze_batch_size=3, reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2)
+    planner, old, rows, batch, new = reanalyzed(small_args(batch_size=5, **own | source), *firsts)
     planned = batch.place[:, :3].flatten().tolist()  # plan k is for row planned[k]
     for row in range(40):
         expert = rows.expert[row, 0]
         if row in planned:
-            k = round(float(expert[0, 0]) - 0.2)
+            k = math.floor(expert[0, 0])
             assert planned[k] == row
-            torch.testing.assert_close(expert, torch.tensor([[k + 0.2] * 2, [k + 0.5] * 2]))
+            torch.testing.assert_close(expert, torch.tensor([[k + mean] * 2, [k + 0.5] * 2]))
         else:
             assert torch.equal(expert, old.expert[row, 0]), row
     assert torch.equal(new.expert[:, :3], rows.expert[:, 0][batch.place[:, :3]])
@@ -168,10 +267,8 @@ def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts):
 def test_the_same_seed_gives_the_same_bits_another_seed_others_and_the_global_generator_nothing(tmp_path):
     before, ends = torch.random.get_rng_state(), []
     for k, seed in enumerate((3, 3, 4)):
-        envs = FakeEnvs([5, 7])
-        state = run_loop(
-            small_args(seed=seed, total_timesteps=20, reanalyze_interval=3), envs, tmp_path / str(k)
-        ).state_dict()
+        args, envs = small_args(seed=seed, total_timesteps=20, reanalyze_interval=3), FakeEnvs([5, 7])
+        state = run_loop(args, envs, tmp_path / str(k)).state_dict()
         parts = [state[name] for name in ("model", "optimizers", "buffer", "draws")]
         ends.append([parts, [action.tolist() for action in envs.sent]])
     assert same(ends[0], ends[1]) and not same(ends[0], ends[2])

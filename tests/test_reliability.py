@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Episodes of 20 decisions in 2 environments, 10 iterations of warm-up, 20 pretraining updates, 3 updates an iteration,
 # a ring of 30 steps that wraps around, an evaluation and a line of losses at one step, every generator in use.
-RUN = "--action-repeat 50 --learning-starts 20 --steps 90 --utd-ratio 1.5 --buffer-size 60".split()
+RUN = "--action-repeat 10 --learning-starts 20 --steps 90 --utd-ratio 1.5 --buffer-size 60".split()
+RUN += ["--env-kwargs", '{"task_kwargs": {"time_limit": 2}}']
 RUN += "--reanalyze-interval 4 --eval-freq 50 --log-freq 10 --checkpoint-freq 20".split()
 RUN += "--no-initial-expert-from-behavior --td-target-use-ema-policy".split()
 TOY = "--learning-starts 12 --steps 80 --eval-freq 0 --log-freq 10 --checkpoint-freq 20 --iterations 1".split()
@@ -66,27 +67,17 @@ def reference(tmp_path_factory):
     return cwd
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A run that was asked to stop at its 60th update, at step 60."""
-    cwd = tmp_path_factory.mktemp("stopped")
-    run = finish(cwd, *RUN, moments=[("strike", "SIGTERM", "update", 20 + 58)])
-    assert run.code == bmpc.TRY_AGAIN and gone(run), run
-    return cwd
-
-
 @pytest.fixture
-def resumable(stopped, tmp_path):
+def resumable(reference, tmp_path):
     """A copy of it."""
-    return Path(shutil.copytree(stopped, tmp_path / "copy"))
+    return Path(shutil.copytree(reference, tmp_path / "copy"))
 
 
 def in_one_line(cwd):
     """Whether metrics.csv and TensorBoard's events hold the same numbers, each once and in order."""
     told = {}
-    for line in (directory(cwd) / "metrics.csv").read_text().splitlines()[1:]:
-        step, _, tag, value = line.split(",")
-        told.setdefault(tag, []).append((int(step), float(np.float32(value))))
+    for step, _, tag, value in numbers(cwd, speeds=True):
+        told.setdefault(tag, []).append((step, float(np.float32(value))))
     events = EventAccumulator(str(directory(cwd)), size_guidance={"scalars": 0}).Reload()
     assert set(events.Tags()["scalars"]) == told.keys()
     for tag, line in told.items():
@@ -100,7 +91,7 @@ def in_one_line(cwd):
 EARLY = [
     ("strike_half_saved", "SIGKILL", 1, 0.5),  # the first checkpoint
     ("strike", "SIGKILL", "act_randomly", 4),  # warm-up
-    ("strike_before_rename", "SIGKILL", 2),  # the second checkpoint, at step 20
+    ("strike", "SIGKILL", "os.replace", 2, "save_checkpoint"),  # the second one, at step 20, about to take its place
     ("strike", "SIGKILL", "learn", 7),  # pretraining
     ("strike_half_saved", "SIGKILL", 3, 0.99),
     ("strike", "SIGKILL", "update", 10),  # while the simulators run
@@ -111,7 +102,7 @@ LATE = [
     ("strike", "SIGKILL", "make_expert", 6, "reanalyze"),
     ("strike", "SIGKILL", "plan_in_chunks", 9, "evaluate"),
     ("strike", "SIGKILL", "policy_gaussian", 65, "evaluate"),  # with the policy alone
-    ("strike_before_rename", "SIGKILL", 3),  # the episodes are half played in the checkpoint before
+    ("strike", "SIGKILL", "os.replace", 3, "save_checkpoint"),  # episodes are half played in the checkpoint before
     ("strike", "SIGKILL", "begin_episodes", 1),  # while it resumes
     ("strike", "SIGKILL", "write_json", 3),  # all is done but finished.json
 ]
@@ -124,11 +115,16 @@ def test_a_run_killed_at_chosen_moments_ends_as_if_it_had_not_been(reference, tm
         assert lost(reference, cwd) == [] and in_one_line(cwd)
 
 
+def whole_and_struck(cwd, moments, *flags, **options):
+    """Two runs beside each other, one of them struck, that end with the same numbers."""
+    calls = (("whole", []), ("killed", moments))
+    together(*(lambda name=name, m=m: struck(cwd / name, m, *flags, **options) for name, m in calls))
+    assert lost(cwd / "whole", cwd / "killed") == [] and in_one_line(cwd / "killed")
+
+
 @pytest.mark.parametrize("script", sorted(path.stem for path in runs.ROOT.glob("bmpc_*.py")))
 def test_the_scripts_beside_it_survive_too(tmp_path, script):
-    calls = (("whole", []), ("killed", SIBLINGS))
-    together(*(lambda name=name, m=m: struck(tmp_path / name, m, *RUN, script=script) for name, m in calls))
-    assert lost(tmp_path / "whole", tmp_path / "killed") == [] and in_one_line(tmp_path / "killed")
+    whole_and_struck(tmp_path, SIBLINGS, *RUN, script=script)
 
 
 def kill_at_random(cwd, seed, span, kills):
@@ -166,9 +162,7 @@ def test_a_run_asked_to_stop_writes_a_checkpoint_exits_75_and_goes_on(reference,
     assert lost(reference, tmp_path) == [] and in_one_line(tmp_path)
 
 
-def test_a_request_to_stop_waits_for_the_iteration_and_a_second_ctrl_c_for_nothing(stopped, tmp_path):
-    progress = checkpoint(stopped)["progress"]
-    assert (progress["global_step"], progress["updates"]) == (60, 60)
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path):
     run = finish(tmp_path, *RUN, moments=[("strike", "SIGINT", "learn", n) for n in (21, 22)])
     assert run.code == -signal.SIGINT and gone(run), run
     assert checkpoint(tmp_path)["progress"]["global_step"] == 20
@@ -178,10 +172,10 @@ def test_a_request_to_stop_waits_for_the_iteration_and_a_second_ctrl_c_for_nothi
 def test_episodes_of_any_length_are_found_again(tmp_path, name, more):
     """Of 2 to 10 decisions, ended by time or terminated."""
     kills = [("strike", "SIGKILL", "Envs.step_wait", 17), ("strike", "SIGKILL", "update", 30)]
-    flags, options = [*TOY, "--buffer-size", 40, *more], {"task": f"toy:{name}-v0"}
-    calls = (("whole", []), ("killed", kills))
-    together(*(lambda cwd=cwd, m=m: struck(tmp_path / cwd, m, *flags, **options) for cwd, m in calls))
-    assert lost(tmp_path / "whole", tmp_path / "killed") == [] and in_one_line(tmp_path / "killed")
+    whole_and_struck(tmp_path, kills, *TOY, "--buffer-size", 40, *more, task=f"toy:{name}-v0")
+    tags = [tag for _, _, tag, _ in numbers(tmp_path / "whole")]
+    ended = runs.column(checkpoint(tmp_path / "whole"), 4).sum()  # in the ring's 20 steps of 40
+    assert ("losses/termination" in tags) == (ended > 0) == bool(more) and tags.count("charts/episodic_length") > ended
 
 
 @pytest.mark.parametrize("task, flags, length", [("ToyNoise", [], 10), ("ToyLong", ["--buffer-size", 24], 100)])
@@ -216,37 +210,30 @@ def test_the_command_line_is_killed_asked_and_continued_from_outside(reference, 
 
 
 COMPILED = [*TOY, *"--compile --steps 34 --checkpoint-freq 8 --horizon 1 --reanalyze-batch-size 2".split()]  # one graph
-
-
-COMPILER = """#!{python}
-import os, pathlib, signal, sys
-trial, asked = pathlib.Path("{cwd}/trial"), pathlib.Path("{cwd}/asked")
-if any(x.endswith(".main.cpp") for x in sys.argv):
-    if trial.exists():
-        asked.touch()
-        os.kill(0, signal.SIGTERM)
-    trial.touch()
-os.execvp("g++", ["g++", *sys.argv[1:]])
+COMPILER = """#!/bin/sh
+case "$*" in *.main.cpp*) touch {asked}; kill -TERM 0;; esac
+exec {compiler} "$@"
 """
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.skipif(not (GXX := shutil.which("g++")), reason="needs g++")
 def test_compiled_too_a_run_that_is_killed_or_whose_compiler_is_ends_as_if_it_had_not_been(tmp_path):
-    options = {"task": "toy:Toy-v0", "fresh": True, "moments": [("compile_only", "plan")]}
-    compiler, whole, killed = tmp_path / "compiler", tmp_path / "whole", tmp_path / "killed"
-    compiler.write_text(COMPILER.format(python=sys.executable, cwd=tmp_path))
+    """One after the other: what the first run compiled the next ones find in the compiler's cache."""
+    whole, killed, asked, compiler = (tmp_path / name for name in ("whole", "killed", "asked", "g++"))
+    compiler.write_text(COMPILER.format(asked=asked, compiler=GXX))
     compiler.chmod(0o755)
-    broken = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    kill = {"moments": [*options["moments"], ("strike", "SIGKILL", "reanalyze", 3)]}
-    end, run = together(
-        lambda: finish(whole, *COMPILED, **options), lambda: finish(killed, *COMPILED, **options | kill)
-    )
+
+    def compiled(cwd, *moments, what="plan", **environ):
+        moments = [("compile_only", what), *moments]
+        return finish(cwd, *COMPILED, task="toy:Toy-v0", moments=moments, environ=environ)
+
+    end, run = compiled(whole), compiled(killed, ("strike", "SIGKILL", "reanalyze", 3))
     assert end.code == 0 and run.code == -signal.SIGKILL and gone(run), run
     told = [line for line in run.said().splitlines() if line.startswith("compil")]
     assert told and told == ["compiling ...", "compiled"] * (len(told) // 2)
-    run = finish(killed, *COMPILED, **options, environ=broken)
-    assert run.code == bmpc.TRY_AGAIN and gone(run) and (tmp_path / "asked").exists(), run
-    run = finish(killed, *COMPILED, **options)
+    run = compiled(killed, what="policy_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")  # not in the cache
+    assert run.code == bmpc.TRY_AGAIN and gone(run) and asked.exists(), run
+    run = compiled(killed)
     assert run.code == 0 and "continuing at step 24" in run.said() and lost(whole, killed) == [], run
 
 
@@ -295,15 +282,15 @@ def test_another_argument_is_another_run(resumable, monkeypatch, flag):
 def test_what_shapes_nothing_may_change(resumable, monkeypatch):
     free = "--steps=200 --log-freq=7 --eval-freq=0 --eval-episodes=3 --checkpoint-freq=3 --compile --no-cudagraphs"
     free += " --track --capture-video --profile --matmul-precision=highest --no-torch-deterministic --wandb-entity=me"
-    assert opened(resumable, monkeypatch, *SAME, *free.split())[1]["progress"]["updates"] == 60
+    assert opened(resumable, monkeypatch, *SAME, *free.split())[1]["progress"]["global_step"] == 90
 
 
 @pytest.mark.parametrize("spelling", ["{}", "{}/", "./{}"])
 def test_resume_by_directory_takes_its_arguments_and_what_is_changed(resumable, monkeypatch, spelling):
     given = spelling.format(directory(resumable).relative_to(resumable))
-    args, state = opened(resumable, monkeypatch, "--resume", given, "--log-freq", 7)
+    args, state = opened(resumable, monkeypatch, "--resume", given, "--log-freq", 7, "--steps", 100)
     assert (args.batch_size, args.env_id, args.log_freq) == (16, "dm_control/cartpole-swingup-v0", 7)
-    assert state["progress"]["updates"] == 60
+    assert state["progress"]["global_step"] == 90
 
 
 def test_a_checkpoint_from_before_a_flag_goes_on_with_its_default(resumable, monkeypatch):
@@ -311,8 +298,8 @@ def test_a_checkpoint_from_before_a_flag_goes_on_with_its_default(resumable, mon
     del state["args"]["preset"]
     torch.save(state, directory(resumable) / "checkpoint.pt")
     for flags in (SAME, ["--resume", directory(resumable)]):
-        args, state = opened(resumable, monkeypatch, *flags)
-        assert args.preset == "full" and state["progress"]["updates"] == 60
+        args, state = opened(resumable, monkeypatch, *flags, "--steps", 100)
+        assert args.preset == "full" and state["progress"]["global_step"] == 90
 
 
 # --- checkpoints are whole or absent
@@ -420,7 +407,7 @@ def trained(cwd):
 
 OBSERVERS = {
     "none": "--eval-freq 0 --log-freq 0 --checkpoint-freq 0",
-    "many": "--eval-freq 30 --eval-episodes 3 --log-freq 1 --checkpoint-freq 2 --track --capture-video --profile",
+    "many": "--eval-freq 60 --eval-episodes 3 --log-freq 1 --checkpoint-freq 2 --track --capture-video --profile",
 }
 
 
@@ -434,7 +421,7 @@ def test_observers_change_nothing(reference, tmp_path):
     assert "going on without Weights & Biases" in all_.warned()
     assert list((tmp_path / "many").rglob("trace.json"))
     if ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa"):
-        assert {path.name for path in (tmp_path / "many").rglob("*.mp4")} == {"30.mp4", "60.mp4", "90.mp4"}
+        assert {path.name for path in (tmp_path / "many").rglob("*.mp4")} == {"60.mp4", "90.mp4"}
     for name in OBSERVERS:
         assert differences(trained(reference), trained(tmp_path / name)) == []
         returns = [[x for x in numbers(cwd) if "charts/episodic" in x[2]] for cwd in (reference, tmp_path / name)]

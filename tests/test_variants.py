@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK, FakeEnvs, generator, make_model, small_args, start, stored
-from test_siblings import FLAGS, whole
+from test_siblings import whole
 
 import bmpc
 import bmpc_dual_policy
 import bmpc_multihead
 
 ONE = dict(planner_num_dynamics_heads=2, planner_value_std_coef_train=0.5, reanalyze_value_std_coef=2.0)
-TWO = dict(
-    dual_policy_enabled=True, planner_num_dynamics_heads=2, planner_value_std_coef_train=0.5,
-    policy_value_std_coef=-0.25,
-)  # fmt: skip
+TWO = dict(dual_policy_enabled=True, planner_num_dynamics_heads=2, planner_value_std_coef_train=0.5)
+TWO |= dict(policy_value_std_coef=-0.25)
 OFF = dict(dual_policy_enabled=False, policy_value_std_coef=0.0)
 SCRIPTS = {False: (bmpc_multihead, ONE), True: (bmpc_dual_policy, TWO)}  # by whether there are two policies
 each = pytest.mark.parametrize("two", [False, True], ids=["multihead", "dual"])
@@ -96,12 +94,8 @@ def test_the_pessimistic_policy_evaluates_with_a_coefficient_of_its_own(two):
 def test_reanalyze_rewrites_every_expert_of_the_sampled_rows_each_by_a_plan_of_its_own(two):
     script, run = begun(two)
     args, learn, variant = run.args, run.draws["learn"], run.draws["variant"]
-    batch, spy, before = (
-        run.buffer.sample(np.random.default_rng(0).random(args.batch_size)),
-        Spy(script),
-        learn.get_state(),
-    )
-    given, old = batch.expert.clone(), stored(run.buffer).expert.clone()
+    batch, spy = run.buffer.sample(np.random.default_rng(0).random(args.batch_size)), Spy(script)
+    before, given, old = learn.get_state(), batch.expert.clone(), stored(run.buffer).expert.clone()
     script.reanalyze(spy, run.model, run.buffer, batch, args, learn, *[variant] * two)
     W, T = args.reanalyze_batch_size, args.horizon
     half = len(spy.policies) // (1 + two)  # a plan may come in chunks
@@ -149,9 +143,8 @@ def test_extra_draws_come_from_the_variants_generator_where_they_are_needed(head
 
 def test_heads_and_policies_begin_different_and_disturb_no_shared_number(tmp_path):
     """Also in a whole run, which logs what two policies and two heads have to say, and one of each does not."""
-    (off, off_rows, _), (on, on_rows, _) = (
-        whole(bmpc_dual_policy, tmp_path / name, **TWO | flags) for name, flags in (("off", OFF), ("on", {}))
-    )
+    off, off_rows, _ = whole(bmpc_dual_policy, tmp_path / "off", **TWO | OFF)
+    on, on_rows, _ = whole(bmpc_dual_policy, tmp_path / "on", **TWO)
     fresh, shared = (bmpc_dual_policy.Run(run.args, TASK, run.obs.device).model for run in (on, off))
     state = fresh.state_dict()
     assert all(torch.equal(x, state[name]) for name, x in shared.state_dict().items() if name != "kl_scale")
@@ -163,27 +156,14 @@ def test_heads_and_policies_begin_different_and_disturb_no_shared_number(tmp_pat
         assert torch.equal(on.draws[name].get_state(), off.draws[name].get_state()), name
     assert not torch.equal(on.draws["variant"].get_state(), off.draws["variant"].get_state())
     _, one_head, _ = whole(bmpc_multihead, tmp_path / "one head", planner_value_std_coef_train=1.0)
-    told = [{line.split(",")[2] for line in rows} for rows in (one_head, off_rows, on_rows)]
-    heads = {"planner/return_disagreement", "planner/bonus_share", "planner/proposal_share"}
-    heads |= {"losses/latent_disagreement"}
-    policies = {"losses/kl_between_policies", "losses/optimistic_policy", "losses/optimistic_kl"}
-    policies |= {"planner/pessimistic_proposal_share"}
+    told = [{tag for _, _, tag, _ in rows} for rows in (one_head, off_rows, on_rows)]
+    of = lambda part, *names: {f"{part}/{name}" for name in names}
+    heads = of("planner", "return_disagreement", "bonus_share", "proposal_share") | of("losses", "latent_disagreement")
+    policies = of("losses", "kl_between_policies", "optimistic_policy", "optimistic_kl")
+    policies |= of("planner", "pessimistic_proposal_share")
     assert [tags & (heads | policies) for tags in told] == [set(), heads, heads | policies]
-    for name in ("return_disagreement", "latent_disagreement", "kl_between_policies"):
-        assert all(float(line.split(",")[3]) > 0 for line in on_rows if name in line)
-
-
-EVERYTHING = FLAGS["all at once"] | dict(
-    planner_num_dynamics_heads=2, planner_value_std_coef_train=0.7, planner_value_std_coef_eval=-0.4,
-    local_td_bootstrap=True, ensemble_lr_scaling=True,
-)  # fmt: skip
-OWN = {False: dict(reanalyze_value_std_coef=-0.3), True: dict(dual_policy_enabled=True, policy_value_std_coef=-0.3)}
-
-
-@each
-def test_all_flags_at_once_run(tmp_path, two):
-    run, rows, _ = whole(SCRIPTS[two][0], tmp_path, **EVERYTHING | OWN[two])
-    assert run.updates == 30 and all(math.isfinite(float(line.split(",")[3])) for line in rows)
+    above_zero = ("planner/return_disagreement", "losses/latent_disagreement", "losses/kl_between_policies")
+    assert all(value > 0 for _, _, tag, value in on_rows if tag in above_zero)
 
 
 # --- arguments

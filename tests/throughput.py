@@ -11,8 +11,7 @@ runs: it compares across machines. `best` is the share of the shortest run in th
 """
 
 import argparse
-import csv
-import os
+import contextlib
 import resource
 import statistics
 import sys
@@ -25,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import plain  # noqa: E402
+import runs  # noqa: E402
 import torch  # noqa: E402
 
 import bmpc  # noqa: E402
@@ -32,7 +32,8 @@ import bmpc_dual_policy  # noqa: E402
 import bmpc_multihead  # noqa: E402
 
 TASK = bmpc.TaskInfo(223, 38, 500)  # dog-run
-TINY = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_samples=32, num_elites=8)  # to try this file
+TINY = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_samples=32, num_elites=8)
+TINY |= dict(num_envs=1, iterations=1, extra_iterations=0)  # to try this file
 TWO_HEADS = dict(planner_num_dynamics_heads=2)
 TWO_POLICIES = TWO_HEADS | dict(dual_policy_enabled=True)
 
@@ -149,21 +150,11 @@ def bench_loop(bench, mode):
         return
     sizes = dict(task="dog-run", device=bench.options.device, num_q=bench.options.num_q, learning_starts=16, steps=56)
     sizes |= dict(log_freq=8, eval_freq=0) | (TINY if bench.options.small else {})
-    flags = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    here = os.getcwd()
-    with tempfile.TemporaryDirectory() as directory:
-        os.chdir(directory)
-        try:
-            compiling = (
-                ["--no-compile"] if mode == "eager" else ["--compile", f"--{'no-' * (mode == 'compiled')}cudagraphs"]
-            )
-            assert bmpc.main([*flags, *compiling]) == 0
-            (path,) = Path("runs").glob("*/metrics.csv")
-            with open(path) as file:
-                rows = [r for r in csv.DictReader(file) if r["tag"] == "charts/SPS" and int(r["global_step"]) > 24]
-        finally:
-            os.chdir(here)
-    whole = statistics.mean(1 / float(row["value"]) for row in rows)
+    sizes |= dict(compile=mode != "eager", cudagraphs=mode == "captured")
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        assert bmpc.main(runs.words(sizes)) == 0
+        rows = runs.numbers(directory, speeds=True)
+    whole = statistics.mean(1 / speed for step, _, tag, speed in rows if tag == "charts/SPS" and step > 24)
     print(f"{'loop, one decision':34s} {mode:9s} {whole * 1e3:10.2f} ms", flush=True)
 
 
