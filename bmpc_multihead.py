@@ -42,6 +42,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import typing
 import warnings
 import zipfile
@@ -447,6 +448,7 @@ def simulating():
     try:
         yield
     except (EOFError, ConnectionError) as e:  # the other end of the pipe is gone
+        traceback.clear_frames(e.__traceback__)  # of the message half sent, at which Python 3.12's collector crashes
         raise Failed(f"the process of an environment died: {first_line(e)}") from e
     except Exception as e:  # raised inside an environment and passed on by gymnasium
         raise Failed(f"an environment failed: {first_line(e)}") from e
