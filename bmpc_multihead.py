@@ -1529,8 +1529,23 @@ def store(run, envs, action, expert, mean):
     run.obs, run.mean = obs.view_as(run.obs), shift(mean) * goes_on[:, None, None]
 
 
+def tell_hours(run, update):
+    """Says what a run takes in which an update takes so many seconds; a plan is tried. Nothing of the run changes."""
+    args, draws = run.args, {name: make_generator(run.args.seed, "trial", run.obs.device) for name in run.draws}
+    for _ in range(2):  # the first one compiles
+        clock = time.perf_counter()
+        act(run.functions.plan, run.model, run.obs, run.mean, args, draws)
+    planning = (time.perf_counter() - clock) / args.num_envs  # of one state
+    renewed = args.horizon * args.reanalyze_batch_size / args.reanalyze_interval if args.reanalyze_interval else 0
+    learning = updates_due(args, args.total_timesteps) * (update + renewed * planning)
+    seconds = learning + (args.total_timesteps - run.global_step) * planning
+    say(f"this run takes about {tqdm.format_interval(seconds)} on this CPU, and its evaluations")
+    if args.preset == "full":
+        say("for a machine without a GPU: --preset small --task cartpole-swingup")
+
+
 def pretrain(run, stop):
-    """Updates of the world model alone, as many as decisions of warm-up. On a CPU it tells early what a run takes."""
+    """Updates of the world model alone, as many as decisions of warm-up."""
     args, clocks = run.args, []
     with Bar("pretraining", args.learning_starts, run.pretrained) as progress:
         while run.pretrained < args.learning_starts and not stop:
@@ -1538,11 +1553,7 @@ def pretrain(run, stop):
             progress.update()
             clocks += [time.perf_counter()] * (run.pretrained in (10, 50))  # the first updates compile
             if run.pretrained == 50 and len(clocks) == 2 and run.obs.device.type == "cpu":
-                updates, speed = updates_due(args, args.total_timesteps), 40 / (clocks[1] - clocks[0])
-                least = tqdm.format_interval(updates / speed)
-                say(f"this run takes over {least} on this CPU: {updates} updates, {speed:.1f} a second, and its plans")
-                if args.preset == "full":
-                    say("for a machine without a GPU: --preset small --task cartpole-swingup")
+                tell_hours(run, (clocks[1] - clocks[0]) / 40)
 
 
 def train(run, envs, eval_envs, log, stop, directory):

@@ -1,5 +1,6 @@
 """Whole runs on real simulators, tiny and short: what a run writes, what it repeats, which environments it plays."""
 
+import copy
 import json
 import math
 import re
@@ -150,6 +151,25 @@ def test_where_there_is_no_terminal_a_bar_is_a_plain_line_every_half_minute(caps
     bar.close()
     lines = capsys.readouterr().err.splitlines()
     assert [re.search(r"(\d+)/500", line)[1] for line in lines] == ["0", "150", "300"], lines
+
+
+def test_what_a_run_takes_is_told_from_its_plans_and_updates_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    """A plan of 2 states takes 3 s, an update 2 s, in which 2 of them are planned anew on average: 40 + 3 + 60 s."""
+    args = small_args(total_timesteps=32, horizon=2, reanalyze_batch_size=2, reanalyze_interval=2)
+    now = [0.0]
+    run = run_loop(args, FakeEnvs([5, 7]), tmp_path)
+    run.global_step, before = 30, copy.deepcopy(run.state_dict())
+    before["progress"]["global_step"] = 30
+
+    def plan(*given):
+        now[0] += 3.0
+        return bmpc.plan(*given)
+
+    run.functions = bmpc.Functions(plan=plan)
+    monkeypatch.setattr(bmpc.time, "perf_counter", lambda: now[0])
+    bmpc.tell_hours(run, 2.0)
+    assert "this run takes about 01:43 on this CPU" in capsys.readouterr().out
+    assert same(before, run.state_dict())
 
 
 class Late(list):
