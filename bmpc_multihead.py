@@ -1539,7 +1539,7 @@ def tell_hours(run, update):
     renewed = args.horizon * args.reanalyze_batch_size / args.reanalyze_interval if args.reanalyze_interval else 0
     learning = updates_due(args, args.total_timesteps) * (update + renewed * planning)
     seconds = learning + (args.total_timesteps - run.global_step) * planning
-    say(f"this run takes about {tqdm.format_interval(seconds)} on this CPU, and its evaluations")
+    say(f"this run takes about {tqdm.format_interval(seconds)} on this CPU, besides its evaluations")
     if args.preset == "full":
         say("for a machine without a GPU: --preset small --task cartpole-swingup")
 
