@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import re
 import subprocess
+import sys
 
 import numpy as np
 from conftest import ROOT
@@ -54,3 +55,15 @@ def test_planted_effects_come_back_and_noise_is_noise():
         beyond.append([np.abs(found) > margin for margin in effects.margins(found)])
     one, together = np.array(beyond).mean((0, 2))[0], np.array(beyond)[:, 1].any(1).mean()
     assert 0.02 < one < 0.05 and 0.01 < together < 0.05  # of noise alone
+
+
+def test_readme_and_the_kept_table_have_the_effects_of_the_kept_runs():
+    command = [sys.executable, FOLDER / "effects.py", ROOT / "results" / "screening"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table == (ROOT / "results" / "screening" / "effects.md").read_text()
+    area = [line.split(" | ")[1] for line in table.splitlines()[2:]]
+    departures = (ROOT / "README.md").read_text().split("## Departures")[1].split("## Speed")[0]
+    assert sorted(re.findall(r" ([+-]\d+\.\d)(?: \(both\))? \|\n", departures)) == sorted(
+        area[:1] + area[2:10]
+    )  # without the small sweep's own, B
+    assert f"Chance alone makes {area[11]}:" in departures
