@@ -2,6 +2,7 @@
 second implementation; pretraining, reanalyze, random numbers.
 """
 
+import copy
 import functools
 import math
 
@@ -10,7 +11,21 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TASK, FakeEnvs, FakePlanner, generator, make_batch, make_model, run_loop, same, small_args, stored
+from conftest import (
+    CPU,
+    TASK,
+    FakeEnvs,
+    FakePlanner,
+    generator,
+    make_batch,
+    make_model,
+    run_loop,
+    same,
+    small_args,
+    start,
+    stored,
+    train,
+)
 
 import bmpc
 import bmpc_dual_policy
@@ -186,30 +201,86 @@ def test_every_loss_and_weight_under_other_flags(double, name):
     check_against_oracle(script, args, 4, model, lambda k: k == 1)
 
 
-# --- pretraining
+# --- the whole of Algorithm 1
 
 
-def test_a_run_pretrains_once_as_often_as_it_warmed_up_and_without_reanalyze(tmp_path, monkeypatch):
-    """Then every 5th update's experts are planned anew right before it, and its losses are of the new ones."""
-    calls, renewed = [], []
-    update, reanalyze = bmpc.update, bmpc.reanalyze
+def written_out(model, args, envs, planner, warm_up):
+    """A run once more, in lists: what its model learned, its rows in the order they were made, and what it did.
 
-    def watched_update(functions, model, optimizers, batch, draws, args, pretraining):
-        calls.append(("update", pretraining, any(batch is new for new in renewed)))
-        return update(functions, model, optimizers, batch, draws, args, pretraining)
+    From the model's weights; a plan is what the planner says, an update the oracle's.
+    """
+    slow = oracle.Learner(model, args)
+    collect, learning = (bmpc.make_generator(args.seed, name, CPU) for name in ("collect", "learn"))
+    E, A, T = args.num_envs, TASK.action_dim, args.horizon
+    rows, windows, did, counts = [], [], [], [0, 0]  # of pretraining, and after it
 
-    def watched_reanalyze(*given):
-        calls.append("reanalyze")
-        renewed[:] = [given[3]]
-        reanalyze(*given)
+    def update(pretraining):
+        u = np.random.default_rng([args.seed, *counts]).random(args.batch_size)
+        batch, draws = [windows[int(x * len(windows))] for x in u], bmpc.draw_update(args, A, learning)
+        counts[not pretraining] += 1
+        stale = [[window[t]["expert"] for window in batch] for t in range(T)]
+        if renews := not pretraining and counts[1] % args.reanalyze_interval == 0:
+            states = [window[t] for t in range(T) for window in batch[: args.reanalyze_batch_size]]
+            bmpc.draw_plan(args, len(states), A, T, learning)
+            new = planner(None, None, torch.stack([row["obs"] for row in states]), torch.zeros(len(states), T, A), 0, 0)
+            for row, elite, std in zip(states, new.elite, new.std, strict=True):
+                row["expert"] = torch.stack([elite, std])
+        stack = lambda name: torch.stack([torch.stack([window[t][name] for window in batch]) for t in range(T)])
+        found = bmpc.Batch(*map(stack, ("obs", "action", "expert", "reward", "terminated", "next_obs")), None)
+        for t in range(T):  # a window that is not planned anew keeps what it was sampled with, also of shared rows
+            for b in range(args.reanalyze_batch_size, args.batch_size):
+                found.expert[t, b] = stale[t][b]
+        slow.update(found, draws, pretraining)
+        did.append("pretraining" if pretraining else "renewed" if renews else "learning")
 
-    monkeypatch.setattr(bmpc, "update", watched_update)
-    monkeypatch.setattr(bmpc, "reanalyze", watched_reanalyze)
-    args = small_args(learning_starts=13, total_timesteps=34, reanalyze_interval=5, utd_ratio=1.0)
-    run_loop(args, FakeEnvs([5, 7]), tmp_path)
-    assert calls[:13] == [("update", True, False)] * 13  # warm-up ended at 14, so 20 updates follow
-    expected = [["reanalyze"] * (k % 5 == 0) + [("update", False, k % 5 == 0)] for k in range(1, 21)]
-    assert calls[13:] == [call for calls in expected for call in calls]
+    obs = torch.from_numpy(envs.reset(np.ones(E, bool), [bmpc.make_seed(args.seed, i, 0) for i in range(E)]))
+    episodes, begun = [[] for _ in range(E)], [1] * E
+    for step in range(0, args.total_timesteps, E):
+        if step < warm_up:
+            action = 2 * torch.rand(E, A, generator=collect) - 1
+            expert = torch.stack([torch.zeros(E, A), torch.ones(E, A)], 1)
+        else:
+            for _ in range(args.learning_starts if step == warm_up else 0):
+                update(True)
+            acting = planner(None, None, obs, torch.zeros(E, T, A), None, None)
+            action, expert = acting.action, torch.stack([acting.action, acting.std], 1)
+            for _ in range(E):
+                update(False)
+        envs.step_async(action.numpy())
+        next_obs, reward, terminated, truncated = envs.step_wait()
+        for i, episode in enumerate(episodes):
+            row = dict(
+                obs=obs[i].double(), action=action[i], expert=expert[i], next_obs=torch.tensor(next_obs[i]).double()
+            )
+            row |= dict(reward=torch.tensor(reward[i]), terminated=torch.tensor(float(terminated[i])))
+            episode.append(row)
+            rows.append(row)
+            windows += [episode[-T:]] * (len(episode) >= T)
+        obs = torch.from_numpy(next_obs)
+        for i in np.flatnonzero(terminated | truncated):
+            seeds = [bmpc.make_seed(args.seed, j, k) for j, k in enumerate(begun)]
+            obs, episodes[i], begun[i] = torch.from_numpy(envs.reset(np.arange(E) == i, seeds)), [], begun[i] + 1
+    return slow, rows, did
+
+
+def test_a_run_is_algorithm_1_written_out(tmp_path):
+    """Warm-up, as many updates of pretraining, then plans and updates in turn, on whole and unfinished episodes.
+
+    Every 5th update plans anew right before it. All weights at the end are equal, and all rows in their order.
+    """
+    args = small_args(learning_starts=13, total_timesteps=34, reanalyze_interval=5, episodic=True)
+    envs = FakeEnvs([5, 7], terminal=(1,))
+    run = start(args, envs, bmpc.Functions(plan=FakePlanner()))
+    run.buffer.rows, model = run.buffer.rows.double(), copy.deepcopy(run.model.double())
+    train(run, envs, tmp_path)
+    slow, rows, did = written_out(model, args, FakeEnvs([5, 7], terminal=(1,)), FakePlanner(), warm_up=14)
+    assert did == ["pretraining"] * 13 + (["learning"] * 4 + ["renewed"]) * 4
+    for name, column in run.buffer.columns(run.buffer.rows.flatten(0, 1))._asdict().items():
+        if name != "place":
+            assert torch.equal(column, torch.stack([row[name] for row in rows])), name
+    for (name, mine), other in zip(run.model.named_parameters(), slow.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=name)
+    assert run.model.kl_scale.item() == pytest.approx(slow.scales[0], rel=1e-8)
 
 
 # --- reanalyze
