@@ -52,10 +52,11 @@ run() {
   done
 }
 
-# include GROUP: all sweeps of a group under the settings that stand. Their runs carry the including sweep's name too.
+# include GROUP [SWEEP]: the sweeps of a group, or one, under the settings that stand. Their runs carry the including
+# sweep's name too.
 include() {
   local file
-  for file in "$lists/$1"/*/sweep.sh; do read_sweep "$file" "${sweep}__"; done
+  for file in "$lists/$1"/${2-*}/sweep.sh; do read_sweep "$file" "${sweep}__"; done
 }
 
 read_sweep() {  # FILE [PREFIX]

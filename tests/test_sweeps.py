@@ -150,9 +150,11 @@ def test_seeds():
     """They replace those of the settings and of a sweep that has its own, and reach what is included."""
     lines = Lab().dry_run("2c", "1_test", "--seeds", "1,2,3,4,5")
     assert found(lines) == described(["1_test", "2c_expert_source"], (1, 2, 3, 4, 5))
-    for sweep, number in (("0_dog_run", 1), ("0_baseline", 5), ("0_ablations", 24)):
+    for sweep, number in (("0_dog_run", 1), ("0_baseline", 5), ("0_ablations", 24), ("0_rehearsal", 24)):
         lines = Lab().dry_run(sweep, SWEEPS_SEEDS="7,9")
         assert Counter(parse(line)[1]["seed"] for line in lines) == {7: number, 9: number}
+    seeds = Counter(parse(line)[1]["seed"] for line in Lab().dry_run("0_ablations"))
+    assert seeds == dict.fromkeys(range(1, 7), 24) | dict.fromkeys(range(7, 11), 1)  # more of the baseline
     status = Lab(cwd=Path("/")).run("2d", "--status", "--seeds=3,4,5")
     assert re.findall(r"waiting.*__bmpc__(\d)__2d", status.stdout) == ["3", "4", "5"] and status.returncode == 75
 
@@ -201,7 +203,7 @@ def test_a_new_folder_is_a_new_sweep(lab):
     [
         ([], "which sweep"),
         (["2z"], "names 0 of: all 0_cpu/0_ablations/"),
-        (["0"], "names 5 of"),
+        (["0"], "names 6 of"),
         (["2a", "--jobs", "0"], "--jobs"),
         (["2a", "--jobs"], "--jobs"),
         (["2a", "--gpus", "0,"], "--gpus"),
