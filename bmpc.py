@@ -17,7 +17,6 @@ import contextlib
 import copy
 import ctypes.util
 import dataclasses
-import difflib
 import fcntl
 import functools
 import importlib
@@ -319,19 +318,15 @@ def first_line(e):
 
 def resolve_env_id(task):
     """The Gymnasium id of a task: `dog-run` and `cup-catch` as TD-MPC2 spells them; other ids stand as they are."""
-    if ":" in task or task in gym.registry:  # `module:Id-v0` imports the module that registers the id
+    if re.search(r":|^(?!dm_control/).*-v\d+$", task):  # `module:Id-v0` imports the module that registers the id
         return task
     try:
         gym.register_envs(importlib.import_module("shimmy"))  # dm_control's tasks
     except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
         raise Refused(f"dm_control cannot be imported: {first_line(e)}") from e
-    domain, _, name = task.removeprefix("dm_control/").removesuffix("-v0").partition("-")
+    domain, _, name = task.lower().removeprefix("dm_control/").removesuffix("-v0").partition("-")
     domain = {"cup": "ball_in_cup", "pointmass": "point_mass"}.get(domain, domain)
-    env_id = f"dm_control/{domain}-{name.replace('-', '_')}-v0"
-    if env_id in gym.registry:
-        return env_id
-    near = difflib.get_close_matches(task.lower(), [short_name(known) for known in gym.registry], 3, 0.5)
-    raise Refused(f"unknown task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return f"dm_control/{domain}-{name.replace('-', '_')}-v0"
 
 
 def short_name(env_id):
@@ -462,11 +457,8 @@ class Envs(AsyncVectorEnv):
         return values
 
     def close_extras(self, **options):  # the workers do not listen to requests to end, and dead ones cannot
-        for process in getattr(self, "processes", ()):  # there are none where the first could not be made
+        for process in self.processes:
             process.kill()
-
-    def __del__(self):  # before the pipes close, of which a worker would tell at length
-        self.close_extras()
 
 
 # --- Math -------------------------------------------------------------------------------------------------------------
