@@ -361,23 +361,17 @@ def short_name(env_id):
 
 
 class Worker(gym.Wrapper):
-    """What an environment's process adds: action repeat, the way back into an unfinished episode, pictures, quiet."""
+    """What an environment's process adds: action repeat, pictures, quiet."""
 
-    def __init__(self, env, index, repeat):
+    def __init__(self, env, repeat):
         super().__init__(env)
-        self.index, self.repeat = index, repeat
+        self.repeat = repeat
         if multiprocessing.parent_process() is not None:
             for number in SIGNALS:  # the main process alone decides when to stop
                 signal.signal(number, signal.SIG_IGN)
 
     def reset(self, *, seed=None, options=None):
-        """`options["replay"]`: by environment, the actions to play before the observation that is returned."""
-        obs, _ = self.env.reset(seed=seed)
-        for action in (options or {}).get("replay", {}).get(self.index, ()):
-            obs, _, terminated, truncated, _ = self.step(action)
-            if terminated or truncated:
-                break
-        return obs, {}
+        return self.env.reset(seed=seed)[0], {}
 
     def step(self, action):
         """`repeat` steps or until the episode ends; rewards are summed, without discount (TD-MPC2)."""
@@ -398,7 +392,7 @@ class Worker(gym.Wrapper):
             self.picture = lambda: None  # a second try may end the process
 
 
-def make_env(args, index=0, render=False):
+def make_env(args, render=False):
     """One environment: flat float32 observations, actions in [-1, 1], `action_repeat` simulator steps a decision.
 
     Raises Refused for what this agent cannot play: images, actions that are not a bounded Box.
@@ -416,7 +410,7 @@ def make_env(args, index=0, render=False):
         raise Refused(f"{args.env_id} has the action space {action}; a bounded Box of floats is needed")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     env = gym.wrappers.TransformAction(env, lambda a: a.reshape(action.shape), gym.spaces.flatten_space(action))
-    return Worker(gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0)), index, args.action_repeat)
+    return Worker(gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0)), args.action_repeat)
 
 
 def inspect_task(args):
@@ -458,14 +452,16 @@ class Envs(AsyncVectorEnv):
 
     @simulating()
     def __init__(self, args, num_envs, film=False):
-        makers = [functools.partial(make_env, args, i, film and i == 0) for i in range(num_envs)]
+        makers = [functools.partial(make_env, args, film and i == 0) for i in range(num_envs)]
         super().__init__(makers, context="fork", autoreset_mode=AutoresetMode.DISABLED)
 
-    def reset(self, mask, seeds, **options):
-        """Begins episodes where `mask` (E,) says so: obs (E, O), of which those of the others mean nothing."""
+    def reset(self, mask, seeds, obs=0.0):
+        """Begins episodes where `mask` (E,) says so: obs (E, O) with their first observations."""
+        if not mask.any():
+            return obs
         with simulating():
-            obs, _ = super().reset(seed=seeds, options=options | {"reset_mask": mask.copy()})
-        return self.finite(obs)
+            first, _ = super().reset(seed=seeds, options={"reset_mask": mask.copy()})
+        return np.where(mask[:, None], self.finite(first), obs)
 
     call = simulating()(AsyncVectorEnv.call)
     step_async = simulating()(AsyncVectorEnv.step_async)  # the simulators run while the caller does something else
@@ -739,12 +735,6 @@ class ReplayBuffer:
         first = self.window.flat[k % (C * E)]  # (B,)
         place = to_device((first + E * np.arange(T)[:, None]) % (C * E), self.rows.device)  # (T, B)
         return self.columns(self.rows.flatten(0, 1)[place], place)
-
-    def unfinished_actions(self):
-        """By environment, the actions (n, A) of the episode under way, if the ring still holds all of it."""
-        last = lambda n: [step % self.capacity for step in range(self.step - n, self.step)]
-        actions, ages = self.columns(self.rows).action, enumerate(self.age)
-        return {env: to_host(actions[last(n), env]) for env, n in ages if 0 < n <= self.capacity}
 
     def state_dict(self):
         """All that was ever written to; no more windows than rows have entered."""
@@ -1195,7 +1185,7 @@ def play(run, envs, planning, stop, film):
     args, model, W = run.args, run.model, envs.num_envs
     mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
     generator = make_generator(args.seed, f"eval {run.global_step}", mean.device)
-    begin = lambda mask: envs.reset(mask, [make_seed(args.seed, "eval", j) for j in episode])
+    begin = lambda mask, *obs: envs.reset(mask, [make_seed(args.seed, "eval", j) for j in episode], *obs)
     obs, progress = begin(episode >= 0), Bar(f"evaluating {'planner' if planning else 'policy alone'}, decisions")
     while (playing := episode < args.eval_episodes).any():
         if stop:
@@ -1217,7 +1207,7 @@ def play(run, envs, planning, stop, film):
         ended = terminated | truncated
         if ended.any():
             episode[ended] = episode.max() + 1 + np.arange(ended.sum())
-            obs = np.where(ended[:, None], begin(ended), obs)
+            obs = begin(ended, obs)
             mean = torch.where(to_device(ended, mean.device)[:, None, None], 0.0, mean)
     progress.close()
     return returns
@@ -1461,9 +1451,9 @@ def updates_due(args, step):
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
 
 
-def begin_episodes(run, envs, mask, **options):
-    """Where `mask` (E,), resets to the episodes whose numbers the run holds. Returns the observations (E, O)."""
-    return envs.reset(mask, [make_seed(run.args.seed, i, k) for i, k in enumerate(run.episode.tolist())], **options)
+def begin_episodes(run, envs, mask, *obs):
+    """Where `mask` (E,), begins the episodes whose numbers the run holds. Returns obs (E, O) with their first ones."""
+    return envs.reset(mask, [make_seed(run.args.seed, i, k) for i, k in enumerate(run.episode.tolist())], *obs)
 
 
 def enter_episodes(run, envs):
@@ -1471,14 +1461,20 @@ def enter_episodes(run, envs):
 
     Their seeds and their actions in the buffer must lead to the observations they were left at, bit for bit.
     """
-    obs = begin_episodes(run, envs, np.ones(envs.num_envs, bool), replay=run.buffer.unfinished_actions())
-    strayed = (obs.view(np.int32) != to_host(run.obs).view(np.int32)).any(1) & (run.global_step > 0)
+    buffer, left = run.buffer, to_host(run.obs)
+    age = np.where(buffer.age > buffer.capacity, 0, buffer.age)  # of an episode of which the ring holds all
+    obs = begin_episodes(run, envs, age >= 0)
+    for ago in range(age.max(), 0, -1):  # the last actions of all; an environment joins where its episode begins
+        envs.step_async(to_host(buffer.columns(buffer.rows[(buffer.step - ago) % buffer.capacity]).action))
+        obs, _, terminated, truncated = envs.step_wait()
+        obs = begin_episodes(run, envs, (age == ago - 1) | terminated | truncated, obs)
+    strayed = (obs.view(np.int32) != left.view(np.int32)).any(1) & (run.global_step > 0)
     if strayed.any():
         who = np.flatnonzero(strayed).tolist()
         say(f"warning: environments {who} do not repeat their episodes; they begin new ones", sys.stderr)
         run.episode += torch.from_numpy(strayed)
-        obs = np.where(strayed[:, None], begin_episodes(run, envs, strayed), obs)
-        for counted in (run.returns, run.lengths, run.mean, run.buffer.age):
+        obs = begin_episodes(run, envs, strayed, obs)
+        for counted in (run.returns, run.lengths, run.mean, buffer.age):
             counted[strayed] = 0
     run.obs = to_device(obs, run.obs.device)
 
@@ -1510,10 +1506,9 @@ def store(run, envs, action, expert, mean):
     obs, ended = next_obs, terminated | truncated
     each = zip(range(envs.num_envs), *(x.tolist() for x in (run.episode, run.returns, run.lengths)), strict=True)
     run.ended = [episode for episode in each if ended[episode[0]]]
-    if ended.any():
-        run.episode += torch.from_numpy(ended)
-        run.returns[ended], run.lengths[ended] = 0.0, 0
-        obs = np.where(ended[:, None], begin_episodes(run, envs, ended), obs)
+    run.episode += torch.from_numpy(ended)
+    run.returns[ended], run.lengths[ended] = 0.0, 0
+    obs = begin_episodes(run, envs, ended, obs)
     parts = [x.ravel() for x in (obs, next_obs, reward, terminated, ~ended)]
     whole = to_device(np.concatenate(parts, dtype=np.float32), run.obs.device)  # the one copy of a vector step
     obs, next_obs, reward, terminated, goes_on = whole.split([x.size for x in parts])

@@ -104,11 +104,11 @@ class FakeEnvs:
         columns = [np.arange(self.num_envs), self.step, self.seed / 2**32, np.ones(self.num_envs)]
         return np.stack(columns, 1).astype(np.float32)
 
-    def reset(self, mask, seeds, **options):
+    def reset(self, mask, seeds, obs=0.0):
         for i in np.flatnonzero(mask):
-            self.step[i], self.seed[i] = len(options.get("replay", {}).get(i, ())), seeds[i]
+            self.step[i], self.seed[i] = 0, seeds[i]
             self.begun.append((int(i), seeds[i]))
-        return self.obs()
+        return np.where(mask[:, None], self.obs(), obs)
 
     def step_async(self, action):
         self.events.append("step_async")

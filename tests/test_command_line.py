@@ -171,7 +171,7 @@ def test_dm_control_has_limits_and_an_action_repeat_of_its_own(body):
 
 
 def test_an_action_repeat_sums_rewards_and_stops_where_the_episode_ends():
-    env = bmpc.Worker(Body(), 0, 3)
+    env = bmpc.Worker(Body(), 3)
     assert [env.step(0)[1:4] for _ in range(2)] == [(1110.0, False, False), (110000.0, False, True)]
 
 

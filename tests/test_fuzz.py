@@ -200,8 +200,7 @@ def test_the_replay_holds_what_lists_of_episodes_would(data):
         if step % 7 == 6:
             assert held(buffer, len(expected := windows(rows, capacity, T))) == expected
     assert held(buffer, len(expected := windows(rows, capacity, T))) == expected
-    unfinished = {i: [row[2][0] for row in rows[i][-age[i] :]] for i in range(E) if 0 < age[i] <= capacity}
-    assert {i: actions[:, 0].tolist() for i, actions in buffer.unfinished_actions().items()} == unfinished
+    assert buffer.age.tolist() == age
 
 
 # --- checkpoints
