@@ -42,14 +42,13 @@ import subprocess
 import sys
 import time
 import traceback
-import typing
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -90,7 +89,7 @@ class Range(NamedTuple):
     holds: Callable
 
 
-T = typing.TypeVar("T")
+T = TypeVar("T")
 FREE = "a run that is continued may change it"
 Free = Annotated[T, FREE]
 Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
@@ -100,6 +99,7 @@ Positive = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
 Unit = Annotated[float, Range("in (0, 1]", lambda x: 0 < x <= 1)]
 Name = Annotated[str, Range("without a slash", lambda x: "/" not in x)]
 Number = Annotated[float, Range("finite", math.isfinite)]
+Device = Annotated[str, Range("auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Args:
     """a further part of the run directory's name, to keep runs with other flags apart"""
     seed: Annotated[int, Range("in [0, 2^32)", lambda x: 0 <= x < 2**32)] = 1
     """seed of the experiment; every random number of a run follows from it"""
-    device: Free[str] = "auto"
+    device: Free[Device] = "auto"
     """auto (CUDA if there is one), cpu, cuda or cuda:N"""
     torch_deterministic: Free[bool] = True
     """ask torch for deterministic kernels, so that a seed gives the same numbers twice on one machine"""
@@ -353,11 +353,6 @@ def resolve_env_id(task):
     domain, _, name = task.lower().removeprefix("dm_control/").removesuffix("-v0").partition("-")
     domain = {"cup": "ball_in_cup", "pointmass": "point_mass"}.get(domain, domain)
     return f"dm_control/{domain}-{name.replace('-', '_')}-v0"
-
-
-def short_name(env_id):
-    """`dog-run` for `dm_control/dog-run-v0`; other ids without their module, slashes as underscores."""
-    return re.sub("^dm_control/(.*)-v0$", r"\1", env_id.rpartition(":")[2]).replace("/", "_")
 
 
 class Worker(gym.Wrapper):
@@ -1372,7 +1367,8 @@ class Log:
 
 def run_directory(args):
     """runs/<short env>__<exp_name>__<seed>[__<run_name>], or the directory given to --resume."""
-    name = f"{short_name(args.env_id)}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
+    env = re.sub("^dm_control/(.*)-v0$", r"\1", args.env_id.rpartition(":")[2]).replace("/", "_")
+    name = f"{env}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
     return Path(args.resume or f"runs/{name}")
 
 
@@ -1396,7 +1392,7 @@ def open_directory(args):
         other = [f"{name} {old[name]} -> {new[name]}" for name in fixed if old[name] != new[name]]
         if other:
             raise Refused(f"{directory} holds a run with other arguments ({'; '.join(other)}); give --run-name NAME")
-        if step >= args.total_timesteps + (0 if finished.exists() else args.num_envs):
+        if finished.exists() and step >= args.total_timesteps:
             hints = f"more --steps continue it, --run-name NAME begins another, --evaluate {directory} evaluates it"
             raise Refused(f"{directory} holds a finished run of {step} decisions; {hints}")
     finished.unlink(missing_ok=True)
@@ -1407,12 +1403,10 @@ def open_directory(args):
 
 def versions():
     """Time, command line, git commit and the versions of Python and of every package of this start."""
-    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
-    try:
-        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ""
-    about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "git_commit": commit or None}
+    describe = f"git -C '{Path(__file__).parent}' describe --always --exclude='*' --abbrev=40 --dirty=+changes"
+    failed, commit = subprocess.getstatusoutput(describe)  # where there is no git, or no repository
+    about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
+    about["git_commit"] = None if failed else commit
     packages = {package.name: package.version for package in importlib.metadata.distributions()}
     return about | {"python": sys.version.split()[0]} | packages
 
@@ -1431,10 +1425,7 @@ class Bar(tqdm):
             print(self, file=sys.stderr, flush=True)
 
 
-def say(message, file=None):
-    """A line for the user, above the progress bars."""
-    tqdm.write(message, file=file or sys.stdout)
-    (file or sys.stdout).flush()
+say = tqdm.write  # a line for the user, above the progress bars
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -1533,14 +1524,14 @@ def tell_hours(run, update):
 
 def pretrain(run, stop):
     """Updates of the world model alone, as many as decisions of warm-up."""
-    args, clocks = run.args, []
-    with Bar("pretraining", args.learning_starts, run.pretrained) as progress:
-        while run.pretrained < args.learning_starts and not stop:
+    updates = run.args.learning_starts
+    with Bar("pretraining", updates, run.pretrained) as progress:
+        while run.pretrained < updates and not stop:
+            clock = time.perf_counter()
             learn(run, pretraining=True)
             progress.update()
-            clocks += [time.perf_counter()] * (run.pretrained in (10, 50))  # the first updates compile
-            if run.pretrained == 50 and len(clocks) == 2 and run.obs.device.type == "cpu":
-                tell_hours(run, (clocks[1] - clocks[0]) / 40)
+            if run.pretrained == 50 and run.obs.device.type == "cpu":  # the first updates compile
+                tell_hours(run, time.perf_counter() - clock)
 
 
 def train(run, envs, eval_envs, log, stop, directory):
@@ -1608,8 +1599,8 @@ def train(run, envs, eval_envs, log, stop, directory):
 def notes():
     """By field of Args, what stands in its type: its Range, that it is Free."""
     found = {}
-    for name, hint in typing.get_type_hints(Args, include_extras=True).items():
-        parts = [hint, *typing.get_args(hint)]  # in `Count | None` the Range is inside
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        parts = [hint, *get_args(hint)]  # in `Count | None` the Range is inside
         found[name] = [note for part in parts for note in getattr(part, "__metadata__", ())]
     return found
 
@@ -1679,11 +1670,9 @@ def check_fit(args, task):
 
 def choose_device(args):
     """The torch device, with precision and determinism set. Raises Refused if it is not there."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        best = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # with its number
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only auto, cpu, cuda and cuda:N are supported")
     except (RuntimeError, AssertionError) as e:
         raise Refused(f"--device {args.device}: {first_line(e)}") from e
     if device.type == "cuda":
@@ -1727,7 +1716,7 @@ def begin_evaluation(args, task, device, envs, stop):
 
 def begin(args):
     """Trains a run from its beginning or its checkpoint, or evaluates one. Returns the exit code."""
-    (args, task), envs, eval_envs, stop = fill_in(args), None, None, []  # `stop`: the signals that came
+    (args, task), eval_envs, stop = fill_in(args), None, []  # `stop`: the signals that came
 
     def ask(number, frame):
         stop.append(number)
@@ -1736,8 +1725,7 @@ def begin(args):
     for number in SIGNALS:
         signal.signal(number, ask)
     say(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
-    if not args.evaluate:
-        envs = Envs(args, args.num_envs)  # before torch starts its threads, and CUDA
+    envs = None if args.evaluate else Envs(args, args.num_envs)  # before torch starts its threads, and CUDA
     if args.evaluate or args.eval_freq:
         eval_envs = Envs(args, min(args.eval_episodes, args.num_envs), args.capture_video)
     device = choose_device(args)
@@ -1767,7 +1755,7 @@ def begin(args):
         except Failed as found:  # a loss was not finite: what failed did so because of it
             raise Failed(f"step {run.global_step}: {found}") from e
         if isinstance(e, (Refused, Failed, OSError)):
-            raise (Refused if isinstance(e, Refused) else Failed)(f"step {run.global_step}: {e}") from e
+            raise type(e)(f"step {run.global_step}: {e}") from e
         if not stop:
             raise
         say(f"warning: {first_line(e)}", sys.stderr)  # the signal reached a compiler too, say
@@ -1782,6 +1770,7 @@ def begin(args):
 def main(argv=None):
     """Runs the command line. Returns the exit code, having told in one line what went wrong."""
     warnings.simplefilter("ignore")  # simulators and torch's compiler warn of what no user can change
+    sys.stdout.reconfigure(line_buffering=True)  # a log file is read while the run goes on
     try:
         args = parse_args(argv)
         if args.capture_video and not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):  # before MuJoCo is imported
@@ -1796,7 +1785,6 @@ def main(argv=None):
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
-            worker.join()
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_every_wrong_value_is_refused_in_one_line_and_named(tmp_path, monkeypatc
         except SystemExit as end:  # tyro's
             code, lines = end.code, None
         said = capsys.readouterr()
-        started = name == "device"  # CUDA must not be looked at before the simulators have forked
+        started = value == "cuda:99"  # CUDA must not be looked at before the simulators have forked
         assert code == 2 and not list(Path.cwd().iterdir()) and said.out.count("\n") == started
         assert lines is None or (said.err.count("\n") == 1 and said.err.startswith("bmpc.py: error: ")), said.err
         assert any(word in said.err for word in [*name.strip().split("_"), SYNONYMS.get(name, name)]), said.err
