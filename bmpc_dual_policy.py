@@ -370,14 +370,11 @@ def resolve_env_id(task):
 
 
 class Worker(gym.Wrapper):
-    """What an environment's process adds: action repeat, pictures, quiet."""
+    """What an environment's process adds: action repeat and pictures."""
 
     def __init__(self, env, repeat):
         super().__init__(env)
         self.repeat = repeat
-        if multiprocessing.parent_process() is not None:
-            for number in SIGNALS:  # the main process alone decides when to stop
-                signal.signal(number, signal.SIG_IGN)
 
     def reset(self, *, seed=None, options=None):
         return self.env.reset(seed=seed)[0], {}
@@ -1303,8 +1300,7 @@ class Run:
         self.obs = torch.zeros(E, task.obs_dim, device=device)  # that wait for an action
         self.mean = torch.zeros(E, args.horizon, A, device=device)  # where the next plans start
         self.episode = torch.zeros(E, dtype=torch.int64)  # that each environment plays,
-        self.returns = torch.zeros(E, dtype=torch.float64)  # its return
-        self.lengths = torch.zeros(E, dtype=torch.int64)  # and decisions so far
+        self.returns = torch.zeros(E, dtype=torch.float64)  # and its return so far; the buffer counts its decisions
         self.ended = []  # (environment, episode, return, length) of those that the last step ended
         self.global_step, self.pretrained, self.updates = 0, 0, 0
 
@@ -1352,7 +1348,7 @@ class Run:
                 generator.manual_seed(make_seed(self.args.seed, name, state["progress"]["global_step"]))
         self.metrics = {names: (x.to(self.obs.device), n) for names, (x, n) in state["metrics"].items()}
         for name, x in state["progress"].items():
-            setattr(self, name, x.to(getattr(self, name).device) if isinstance(x, Tensor) else x)
+            setattr(self, name, x.to(getattr(self, name, x).device) if isinstance(x, Tensor) else x)
 
 
 def save_checkpoint(run, directory):
@@ -1520,7 +1516,7 @@ def enter_episodes(run, envs):
         say(f"warning: environments {who} do not repeat their episodes; they begin new ones", sys.stderr)
         run.episode += torch.from_numpy(strayed)
         obs = begin_episodes(run, envs, strayed, obs)
-        for counted in (run.returns, run.lengths, run.mean, buffer.age):
+        for counted in (run.returns, run.mean, buffer.age):
             counted[strayed] = 0
     run.obs = to_device(obs, run.obs.device)
 
@@ -1549,13 +1545,12 @@ def store(run, envs, action, expert, mean):
         raise Refused(f"{run.args.env_id} ended an episode by termination; add --episodic")
     run.global_step += envs.num_envs
     run.returns += torch.from_numpy(reward)
-    run.lengths += 1
-    obs, ended = next_obs, terminated | truncated
-    each = zip(range(envs.num_envs), *(x.tolist() for x in (run.episode, run.returns, run.lengths)), strict=True)
+    ended, lengths = terminated | truncated, run.buffer.age + 1
+    each = zip(range(envs.num_envs), *(x.tolist() for x in (run.episode, run.returns, lengths)), strict=True)
     run.ended = [episode for episode in each if ended[episode[0]]]
     run.episode += torch.from_numpy(ended)
-    run.returns[ended], run.lengths[ended] = 0.0, 0
-    obs = begin_episodes(run, envs, ended, obs)
+    run.returns[ended] = 0.0
+    obs = begin_episodes(run, envs, ended, next_obs)
     parts = [x.ravel() for x in (obs, next_obs, reward, terminated, ~ended)]
     whole = to_device(np.concatenate(parts, dtype=np.float32), run.obs.device)  # the one copy of a vector step
     obs, next_obs, reward, terminated, goes_on = whole.split([x.size for x in parts])
@@ -1782,7 +1777,7 @@ def begin(args):
     """Trains a run from its beginning or its checkpoint, or evaluates one. Returns the exit code."""
     (args, task), eval_envs, stop = fill_in(args), None, []  # `stop`: the signals that came
 
-    def ask(number, frame):
+    def ask(number, frame):  # also in the workers, where nothing listens: this process alone decides when to stop
         stop.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
