@@ -87,7 +87,6 @@ PRESETS = {
     ),
 }  # fmt: skip
 TRY_AGAIN = 75  # exit code of a run that was asked to stop: the same command continues it
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to stop
 
 
 class Range(NamedTuple):
@@ -361,7 +360,7 @@ def resolve_env_id(task):
     if re.search(r":|^(?!dm_control/).*-v\d+$", task):  # `module:Id-v0` imports the module that registers the id
         return task
     try:
-        gym.register_envs(importlib.import_module("shimmy"))  # dm_control's tasks
+        importlib.import_module("shimmy")  # registers dm_control's tasks
     except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
         raise Refused(f"dm_control cannot be imported: {first_line(e)}") from e
     domain, _, name = task.lower().removeprefix("dm_control/").removesuffix("-v0").partition("-")
@@ -1691,12 +1690,8 @@ def fill_in(args):
         "reanalyze_log_std_max": args.log_std_max,
     }
     args = dataclasses.replace(args, **{k: v for k, v in follows.items() if getattr(args, k) is None})
-    check_fit(args, task)
-    return args, task
 
-
-def check_fit(args, task):
-    """Raises Refused, one line, where arguments do not fit each other or the task."""
+    # What does not fit each other or the task
     T, n = args.horizon, task.episode_length
     low, high = args.reanalyze_log_std_min, args.reanalyze_log_std_max
     has_noise = args.reanalyze_use_chosen_action and args.initial_expert_from_behavior
@@ -1725,6 +1720,7 @@ def check_fit(args, task):
     ):
         if not fits:
             raise Refused(message)
+    return args, task
 
 
 def choose_device(args):
@@ -1781,7 +1777,7 @@ def begin(args):
         stop.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
-    for number in SIGNALS:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, ask)
     say(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
     envs = None if args.evaluate else Envs(args, args.num_envs)  # before torch starts its threads, and CUDA

@@ -135,7 +135,7 @@ def size(script: str) -> dict[str, int]:
     }
 
 
-BUDGETS = {"lines": 1726, "statements": 1057, "tokens": 14203, "functions and classes": 124, "longest function": 56}
+BUDGETS = {"lines": 1722, "statements": 1054, "tokens": 14180, "functions and classes": 123, "longest function": 56}
 
 
 def test_the_base_stays_small():
