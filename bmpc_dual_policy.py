@@ -1447,18 +1447,15 @@ def open_directory(args):
             raise Refused(f"{directory} holds a finished run of {step} decisions; {hints}")
     finished.unlink(missing_ok=True)
     write_json(directory / "args.json", dataclasses.asdict(args))
-    write_json(starts, (json.loads(starts.read_text()) if starts.exists() else []) + [versions()])
-    return directory, state
 
-
-def versions():
-    """Time, command line, git commit and the versions of Python and of every package of this start."""
+    # Time, command line, git commit and the versions of Python and of every package of this start
     describe = f"git -C '{Path(__file__).parent}' describe --always --exclude='*' --abbrev=40 --dirty=+changes"
     failed, commit = subprocess.getstatusoutput(describe)  # where there is no git, or no repository
-    about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
-    about["git_commit"] = None if failed else commit
-    packages = {package.name: package.version for package in importlib.metadata.distributions()}
-    return about | {"python": sys.version.split()[0]} | packages
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "python": sys.version.split()[0]}
+    start["git_commit"] = None if failed else commit
+    start |= {package.name: package.version for package in importlib.metadata.distributions()}
+    write_json(starts, (json.loads(starts.read_text()) if starts.exists() else []) + [start])
+    return directory, state
 
 
 class Bar(tqdm):
