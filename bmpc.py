@@ -1281,11 +1281,20 @@ def write_json(path, value):
 class Log:
     """metrics.csv (global_step,env_steps,tag,value) and TensorBoard, cut back to what was logged before `step`."""
 
-    def __init__(self, directory, action_repeat, step):
-        self.action_repeat, path = action_repeat, directory / "metrics.csv"
+    def __init__(self, directory, args, step):
+        self.action_repeat, path = args.action_repeat, directory / "metrics.csv"
         lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) < step]
         write_whole(path, lambda file: file.write("".join(["global_step,env_steps,tag,value\n", *kept]).encode()))
+        if args.track:  # Weights & Biases, mirroring TensorBoard
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=directory.name)
+            more = dict(id=directory.name, config=dataclasses.asdict(args), dir=str(directory))
+            try:
+                import wandb
+
+                wandb.init(resume="allow", sync_tensorboard=True, **names, **more)
+            except Exception as e:  # not installed, no network, no account: a run is worth more than its mirror
+                say(f"warning: going on without Weights & Biases ({first_line(e)})", sys.stderr)
         self.file, self.tensorboard = open(path, "a"), SummaryWriter(str(directory), purge_step=step)
 
     def add(self, step, values):
@@ -1504,6 +1513,9 @@ def train(run, envs, eval_envs, log, stop, directory):
             run.metrics.clear()
             since, clock = run.global_step, time.perf_counter()
         if done:
+            log.flush()
+            end = {"global_step": run.global_step, "total_timesteps": args.total_timesteps}
+            write_json(directory / "finished.json", end)
             return 0
 
         # Act: random actions in warm-up, then the planner
@@ -1615,18 +1627,6 @@ def choose_device(args):
     return device
 
 
-def start_tracking(args, directory):
-    """Weights & Biases, mirroring TensorBoard; a warning where it is not installed."""
-    names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=directory.name, id=directory.name)
-    config = dataclasses.asdict(args)
-    try:
-        import wandb
-
-        wandb.init(resume="allow", config=config, sync_tensorboard=True, dir=str(directory), **names)
-    except Exception as e:  # not installed, no network, no account: a run is worth more than its mirror
-        say(f"warning: going on without Weights & Biases ({first_line(e)})", sys.stderr)
-
-
 def begin_evaluation(args, task, device, envs, stop):
     """Evaluates a run's checkpoint, of which it takes the model alone. Returns the exit code."""
     directory = Path(args.evaluate)
@@ -1668,15 +1668,14 @@ def begin(args):
         run.load_state_dict(state)
         say(f"continuing at step {run.global_step}")
     state = None  # a copy of the buffer
-    if args.track:
-        start_tracking(args, directory)
     enter_episodes(run, envs)
-    log = Log(directory, args.action_repeat, run.global_step)
+    log = Log(directory, args, run.global_step)
     try:
         with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
             code = train(run, envs, eval_envs, log, stop, directory)
         if profiler:
             profiler.export_chrome_trace(str(directory / "trace.json"))
+        return code
     except Exception as e:
         try:
             run.means()
@@ -1687,12 +1686,7 @@ def begin(args):
         if not stop:
             raise
         say(f"warning: {first_line(e)}", sys.stderr)  # the signal reached a compiler too, say
-        code = TRY_AGAIN  # from the last checkpoint
-    if code == 0:
-        log.flush()
-        end = {"global_step": run.global_step, "total_timesteps": args.total_timesteps}
-        write_json(directory / "finished.json", end)
-    return code
+        return TRY_AGAIN  # from the last checkpoint
 
 
 def main(argv=None):

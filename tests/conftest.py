@@ -152,7 +152,7 @@ def start(args, envs, functions=None, script=bmpc):
 def train(run, envs, directory, eval_envs=None, script=bmpc):
     """The whole of this run; what it writes is in the directory."""
     directory.mkdir(exist_ok=True)
-    log = script.Log(directory, 1, run.global_step)
+    log = script.Log(directory, run.args, run.global_step)
     assert script.train(run, envs, eval_envs, log, [], directory) == 0
     log.flush()
 

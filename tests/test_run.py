@@ -188,6 +188,6 @@ def test_whenever_a_signal_comes_exit_code_75_says_that_the_checkpoint_is_of_thi
     while not codes or codes[-1] == bmpc.TRY_AGAIN:
         envs, eval_envs, directory = FakeEnvs([5, 7]), FakeEnvs([3]), tmp_path / str(len(codes))
         run, _ = start(args, envs), directory.mkdir()
-        codes += [bmpc.train(run, envs, eval_envs, bmpc.Log(directory, 1, 0), Late(len(codes)), directory)]
+        codes += [bmpc.train(run, envs, eval_envs, bmpc.Log(directory, args, 0), Late(len(codes)), directory)]
         assert same(bmpc.read_checkpoint(directory), run.state_dict())
     assert codes[-1] == 0 and len(codes) > 14 // 2 + 6

@@ -135,7 +135,7 @@ def size(script: str) -> dict[str, int]:
     }
 
 
-BUDGETS = {"lines": 1719, "statements": 1052, "tokens": 14166, "functions and classes": 122, "longest function": 56}
+BUDGETS = {"lines": 1713, "statements": 1049, "tokens": 14149, "functions and classes": 121, "longest function": 59}
 
 
 def test_the_base_stays_small():
