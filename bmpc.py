@@ -19,7 +19,6 @@ import ctypes.util
 import dataclasses
 import fcntl
 import functools
-import importlib
 import importlib.metadata
 import json
 import math
@@ -320,7 +319,7 @@ def resolve_env_id(task):
     if re.search(r":|^(?!dm_control/).*-v\d+$", task):  # `module:Id-v0` imports the module that registers the id
         return task
     try:
-        importlib.import_module("shimmy")  # registers dm_control's tasks
+        import shimmy  # noqa: F401 dm_control's tasks
     except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
         raise Refused(f"dm_control cannot be imported: {first_line(e)}") from e
     domain, _, name = task.lower().removeprefix("dm_control/").removesuffix("-v0").partition("-")
@@ -1538,7 +1537,6 @@ def train(run, envs, eval_envs, log, stop, directory):
 # --- From the command line to a run -----------------------------------------------------------------------------------
 
 
-@functools.cache
 def notes():
     """By field of Args, what stands in its type: its Range, that it is Free."""
     found = {}
