@@ -1306,10 +1306,10 @@ def save_checkpoint(run, directory):
 
 
 def read_checkpoint(directory):
-    """The state in a run's directory, None if there is none. It cannot run code. Raises Failed if unusable."""
+    """The state in a run's directory. It cannot run code. Raises Refused if there is none, Failed if unusable."""
     path = directory / "checkpoint.pt"
     if not path.exists():
-        return None
+        raise Refused(f"{directory} holds no checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums of what it reads
             if archive.testzip() is not None:
@@ -1354,13 +1354,12 @@ class Log:
                 wandb.init(resume="allow", sync_tensorboard=True, **names, **more)
             except Exception as e:  # not installed, no network, no account: a run is worth more than its mirror
                 say(f"warning: going on without Weights & Biases ({first_line(e)})", sys.stderr)
-        self.file, self.tensorboard = open(path, "a"), SummaryWriter(str(directory), purge_step=step)
+        self.file, self.tensorboard = open(path, "a", buffering=1), SummaryWriter(str(directory), purge_step=step)
 
     def add(self, step, values):
         for tag, value in values.items():
             self.file.write(f"{step},{step * self.action_repeat},{tag},{float(value)!r}\n")
             self.tensorboard.add_scalar(tag, value, step)
-        self.file.flush()
 
     def flush(self):
         """All on the disk: a checkpoint counts on these lines."""
@@ -1387,7 +1386,8 @@ def open_directory(args):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends; the workers do not inherit it
     except OSError as e:
         raise Refused(f"{directory} is in use by another process") from e
-    state, finished, starts = read_checkpoint(directory), directory / "finished.json", directory / "versions.json"
+    state = read_checkpoint(directory) if (directory / "checkpoint.pt").exists() else None
+    finished, starts = directory / "finished.json", directory / "versions.json"
     if state:
         old, new = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
         step = state["progress"]["global_step"]
@@ -1611,10 +1611,7 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv)  # says whose defaults; what is given beside them is read on them below
     defaults, directory = PRESETS[args.preset], args.evaluate or args.resume
     if directory:
-        state = read_checkpoint(Path(directory))
-        if state is None:
-            raise Refused(f"{directory} holds no checkpoint")
-        defaults = state["args"] | {"resume": "", "evaluate": ""}
+        defaults = read_checkpoint(Path(directory))["args"] | {"resume": "", "evaluate": ""}
     return tyro.cli(Args, args=argv, default=Args(**defaults))
 
 
