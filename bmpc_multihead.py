@@ -442,13 +442,14 @@ class Envs(AsyncVectorEnv):
 
     @simulating()
     def __init__(self, args, num_envs, film=False):
-        makers = [functools.partial(make_env, args, film and i == 0) for i in range(num_envs)]
+        self.seed, makers = args.seed, [functools.partial(make_env, args, film and i == 0) for i in range(num_envs)]
         super().__init__(makers, context="fork", autoreset_mode=AutoresetMode.DISABLED)
 
-    def reset(self, mask, seeds, obs=0.0):
-        """Begins episodes where `mask` (E,) says so: obs (E, O) with their first observations."""
+    def reset(self, mask, episodes, obs=0.0):
+        """Begins `episodes`, known by their names, where `mask` (E,) says so: obs (E, O) with their first ones."""
         if not mask.any():
             return obs
+        seeds = [make_seed(self.seed, *name) for name in episodes]
         with simulating():
             first, _ = super().reset(seed=seeds, options={"reset_mask": mask.copy()})
         return np.where(mask[:, None], self.finite(first), obs)
@@ -1175,7 +1176,7 @@ def play(run, envs, planning, stop, film):
     args, model, W = run.args, run.model, envs.num_envs
     mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
     generator = make_generator(args.seed, f"eval {run.global_step}", mean.device)
-    begin = lambda mask, *obs: envs.reset(mask, [make_seed(args.seed, "eval", j) for j in episode], *obs)
+    begin = lambda mask, *obs: envs.reset(mask, [("eval", j) for j in episode], *obs)
     obs, progress = begin(episode >= 0), Bar(f"evaluating {'planner' if planning else 'policy alone'}, decisions")
     while (playing := episode < args.eval_episodes).any():
         if stop:
@@ -1442,11 +1443,6 @@ def updates_due(args, step):
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
 
 
-def begin_episodes(run, envs, mask, *obs):
-    """Where `mask` (E,), begins the episodes whose numbers the run holds. Returns obs (E, O) with their first ones."""
-    return envs.reset(mask, [make_seed(run.args.seed, i, k) for i, k in enumerate(run.episode.tolist())], *obs)
-
-
 def enter_episodes(run, envs):
     """The first observations; in a run that is continued, the way back to where its unfinished episodes were.
 
@@ -1454,17 +1450,18 @@ def enter_episodes(run, envs):
     """
     buffer, left = run.buffer, to_host(run.obs)
     age = np.where(buffer.age > buffer.capacity, 0, buffer.age)  # of an episode of which the ring holds all
-    obs = begin_episodes(run, envs, age >= 0)
+    episodes = list(enumerate(run.episode.tolist()))  # by their names
+    obs = envs.reset(age >= 0, episodes)
     for ago in range(age.max(), 0, -1):  # the last actions of all; an environment joins where its episode begins
         envs.step_async(to_host(buffer.columns(buffer.rows[(buffer.step - ago) % buffer.capacity]).action))
         obs, _, terminated, truncated = envs.step_wait()
-        obs = begin_episodes(run, envs, (age == ago - 1) | terminated | truncated, obs)
+        obs = envs.reset((age == ago - 1) | terminated | truncated, episodes, obs)
     strayed = (obs.view(np.int32) != left.view(np.int32)).any(1) & (run.global_step > 0)
     if strayed.any():
         who = np.flatnonzero(strayed).tolist()
         say(f"warning: environments {who} do not repeat their episodes; they begin new ones", sys.stderr)
         run.episode += torch.from_numpy(strayed)
-        obs = begin_episodes(run, envs, strayed, obs)
+        obs = envs.reset(strayed, enumerate(run.episode.tolist()), obs)
         for counted in (run.returns, run.mean, buffer.age):
             counted[strayed] = 0
     run.obs = to_device(obs, run.obs.device)
@@ -1498,7 +1495,7 @@ def store(run, envs, action, expert, mean):
     run.ended = [episode for episode in each if ended[episode[0]]]
     run.episode += torch.from_numpy(ended)
     run.returns[ended] = 0.0
-    obs = begin_episodes(run, envs, ended, next_obs)
+    obs = envs.reset(ended, enumerate(run.episode.tolist()), next_obs)
     parts = [x.ravel() for x in (obs, next_obs, reward, terminated, ~ended)]
     whole = to_device(np.concatenate(parts, dtype=np.float32), run.obs.device)  # the one copy of a vector step
     obs, next_obs, reward, terminated, goes_on = whole.split([x.size for x in parts])

@@ -93,8 +93,8 @@ class FakeEnvs:
     plus an eighth of the step. Episodes of environments in `terminal` end by termination, the others by truncation.
     """
 
-    def __init__(self, lengths, terminal=(), events=None):
-        self.num_envs, self.lengths, self.terminal = len(lengths), lengths, terminal
+    def __init__(self, lengths, terminal=(), events=None, seed=1):
+        self.num_envs, self.lengths, self.terminal, self.own = len(lengths), lengths, terminal, seed
         self.step, self.seed = np.zeros(len(lengths), int), np.zeros(len(lengths))
         self.sent, self.begun = [], []  # actions, and (environment, seed) of every episode
         self.events = [] if events is None else events
@@ -104,7 +104,8 @@ class FakeEnvs:
         columns = [np.arange(self.num_envs), self.step, self.seed / 2**32, np.ones(self.num_envs)]
         return np.stack(columns, 1).astype(np.float32)
 
-    def reset(self, mask, seeds, obs=0.0):
+    def reset(self, mask, episodes, obs=0.0):
+        seeds = [bmpc.make_seed(self.own, *name) for name in episodes]
         for i in np.flatnonzero(mask):
             self.step[i], self.seed[i] = 0, seeds[i]
             self.begun.append((int(i), seeds[i]))

@@ -338,7 +338,7 @@ def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts, source, mean):
 def test_the_same_seed_gives_the_same_bits_another_seed_others_and_the_global_generator_nothing(tmp_path):
     before, ends = torch.random.get_rng_state(), []
     for k, seed in enumerate((3, 3, 4)):
-        args, envs = small_args(seed=seed, total_timesteps=20, reanalyze_interval=3), FakeEnvs([5, 7])
+        args, envs = small_args(seed=seed, total_timesteps=20, reanalyze_interval=3), FakeEnvs([5, 7], seed=seed)
         state = run_loop(args, envs, tmp_path / str(k)).state_dict()
         parts = [state[name] for name in ("model", "optimizers", "buffer", "draws")]
         ends.append([parts, [action.tolist() for action in envs.sent]])

@@ -199,7 +199,7 @@ def test_evaluation_plays_the_best_elite_or_a_drawn_one_and_keeps_episodes_apart
 def test_the_policy_alone_acts_with_its_squashed_mean():
     envs = FakeEnvs([3, 3])
     model, _ = play(small_args(eval_episodes=2), envs, FakePlanner(), planning=False)
-    first = FakeEnvs([3, 3]).reset(np.ones(2, bool), [seed for _, seed in envs.begun[:2]])
+    first = FakeEnvs([3, 3]).reset(np.ones(2, bool), [("eval", 0), ("eval", 1)])
     expected = torch.tanh(model.policy(model.encoder(torch.from_numpy(first))).chunk(2, -1)[0])
     np.testing.assert_array_equal(envs.sent[0], expected.detach().numpy())
 

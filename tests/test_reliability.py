@@ -95,15 +95,15 @@ EARLY = [
     ("strike", "SIGKILL", "learn", 7),  # pretraining
     ("strike_half_saved", "SIGKILL", 3, 0.99),
     ("strike", "SIGKILL", "update", 10),  # while the simulators run
-    ("strike", "SIGKILL", "Envs.step_wait", 13),  # the middle of an episode
-    ("strike", "SIGKILL", "begin_episodes", 2),  # between an episode and the next
+    ("strike", "SIGKILL", "Envs.step_wait", 13, "store"),  # the middle of an episode
+    ("strike", "SIGKILL", "make_seed", 1, "store"),  # between an episode and the next
 ]
 LATE = [
     ("strike", "SIGKILL", "make_expert", 6, "reanalyze"),
     ("strike", "SIGKILL", "plan_in_chunks", 9, "evaluate"),
     ("strike", "SIGKILL", "policy_gaussian", 65, "evaluate"),  # with the policy alone
     ("strike", "SIGKILL", "os.replace", 3, "save_checkpoint"),  # episodes are half played in the checkpoint before
-    ("strike", "SIGKILL", "begin_episodes", 1),  # while it resumes
+    ("strike", "SIGKILL", "Envs.step_wait", 3, "enter_episodes"),  # while it resumes
     ("strike", "SIGKILL", "write_json", 3),  # all is done but finished.json
 ]
 SIBLINGS = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "make_expert", 9, "reanalyze")]
@@ -153,7 +153,7 @@ ASKED = [
     ("SIGINT", "Envs.step_wait", 25, "evaluate"),  # with the policy alone
     ("SIGTERM", "reanalyze", 2),
     ("SIGUSR1", "save_checkpoint", 1),
-    ("SIGTERM", "begin_episodes", 1),
+    ("SIGTERM", "make_seed", 1, "enter_episodes"),
 ]
 
 

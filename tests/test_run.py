@@ -91,7 +91,7 @@ def test_an_episodes_seed_is_made_from_seed_environment_and_episode_alone(tmp_pa
     """The episodes begun by environments of different lengths, beside others, and whatever the agent did."""
     begun = {}
     for k, lengths in enumerate(([5, 7], [3, 7], [9, 4, 2])):
-        envs = FakeEnvs(lengths)
+        envs = FakeEnvs(lengths, seed=9)
         run_loop(small_args(num_envs=len(lengths), seed=9, batch_size=6 + k), envs, tmp_path / str(k))
         for i in range(len(lengths)):
             seeds = [seed for j, seed in envs.begun if j == i]
@@ -107,16 +107,14 @@ def test_environment_i_episode_k_is_the_same_whoever_ran_before(task, repeat):
     """Bit for bit, in a fresh process and after another episode, alone and beside others."""
     args = small_args(env_id=bmpc.resolve_env_id(task), action_repeat=repeat)
     actions = np.random.default_rng(0).uniform(-1, 1, (8, 3, 1)).astype(np.float32)
-    seed, seen = bmpc.make_seed(1, 1, 4), []
+    seen = []
     for num_envs, place, history in ((1, 0, 0), (3, 1, 5), (2, 1, 2)):
         envs = bmpc.Envs(args, num_envs)
-        everyone, other = np.ones(num_envs, bool), [bmpc.make_seed(1, i, 3) for i in range(num_envs)]
-        envs.reset(everyone, other)
+        envs.reset(np.ones(num_envs, bool), [(i, 3) for i in range(num_envs)])
         for k in range(history):
             envs.step_async(-actions[k, :num_envs])
             envs.step_wait()
-        seeds = [seed if i == place else 0 for i in range(num_envs)]
-        obs = envs.reset(np.arange(num_envs) == place, seeds)
+        obs = envs.reset(np.arange(num_envs) == place, [(1, 4)] * num_envs)
         trajectory = [obs[place].copy()]
         for k in range(8):
             sent = np.array(actions[k, :num_envs])
