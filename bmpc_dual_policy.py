@@ -1402,12 +1402,12 @@ class Log:
         kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) < step]
         write_whole(path, lambda file: file.write("".join(["global_step,env_steps,tag,value\n", *kept]).encode()))
         if args.track:  # Weights & Biases, mirroring TensorBoard
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=directory.name)
-            more = dict(id=directory.name, config=dataclasses.asdict(args), dir=str(directory))
+            project = dict(project=args.wandb_project_name, entity=args.wandb_entity, config=dataclasses.asdict(args))
+            name = dict(name=directory.name, id=directory.name, dir=str(directory), resume="allow")
             try:
                 import wandb
 
-                wandb.init(resume="allow", sync_tensorboard=True, **names, **more)
+                wandb.init(sync_tensorboard=True, **project, **name)
             except Exception as e:  # not installed, no network, no account: a run is worth more than its mirror
                 say(f"warning: going on without Weights & Biases ({first_line(e)})", sys.stderr)
         self.file, self.tensorboard = open(path, "a", buffering=1), SummaryWriter(str(directory), purge_step=step)
@@ -1787,11 +1787,9 @@ def begin(args):
     enter_episodes(run, envs)
     log = Log(directory, args, run.global_step)
     try:
-        with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profiler:
-            code = train(run, envs, eval_envs, log, stop, directory)
-        if profiler:
-            profiler.export_chrome_trace(str(directory / "trace.json"))
-        return code
+        trace = lambda profiler: profiler.export_chrome_trace(str(directory / "trace.json"))
+        with torch.profiler.profile(on_trace_ready=trace) if args.profile else contextlib.nullcontext():
+            return train(run, envs, eval_envs, log, stop, directory)
     except Exception as e:
         try:
             run.means()
