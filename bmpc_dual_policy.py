@@ -1231,11 +1231,12 @@ def play(run, envs, planning, stop, film):
     args, model, W = run.args, run.model, envs.num_envs
     mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
     generator = make_generator(args.seed, f"eval {run.global_step}", mean.device)
-    begin = lambda mask, *obs: envs.reset(mask, [("eval", j) for j in episode], *obs)
-    obs, progress = begin(episode >= 0), Bar(f"evaluating {'planner' if planning else 'policy alone'}, decisions")
+    progress = Bar(f"evaluating {'planner' if planning else 'policy alone'}, decisions")
+    obs, ended = 0.0, episode >= 0
     while (playing := episode < args.eval_episodes).any():
         if stop:
             return None
+        obs = envs.reset(ended, [("eval", j) for j in episode], obs)
         if args.capture_video and planning and episode[0] == 0:
             film.append(envs.call("picture")[0])
         seen = to_device(obs, mean.device)
@@ -1251,10 +1252,8 @@ def play(run, envs, planning, stop, film):
         returns[episode[playing]] += reward[playing]
         progress.update(W)
         ended = terminated | truncated
-        if ended.any():
-            episode[ended] = episode.max() + 1 + np.arange(ended.sum())
-            obs = begin(ended, obs)
-            mean = torch.where(to_device(ended, mean.device)[:, None, None], 0.0, mean)
+        episode[ended] = episode.max() + 1 + np.arange(ended.sum())
+        mean[ended] = 0.0
     progress.close()
     return returns
 
@@ -1546,9 +1545,9 @@ def store(run, envs, action, expert, mean):
         raise Refused(f"{run.args.env_id} ended an episode by termination; add --episodic")
     run.global_step += envs.num_envs
     run.returns += torch.from_numpy(reward)
-    ended, lengths = terminated | truncated, run.buffer.age + 1
-    each = zip(range(envs.num_envs), *(x.tolist() for x in (run.episode, run.returns, lengths)), strict=True)
-    run.ended = [episode for episode in each if ended[episode[0]]]
+    ended = terminated | truncated
+    who, lengths = np.flatnonzero(ended).tolist(), run.buffer.age + 1
+    run.ended = [(i, int(run.episode[i]), float(run.returns[i]), int(lengths[i])) for i in who]
     run.episode += torch.from_numpy(ended)
     run.returns[ended] = 0.0
     obs = envs.reset(ended, enumerate(run.episode.tolist()), next_obs)
