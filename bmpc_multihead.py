@@ -1638,7 +1638,6 @@ def fill_in(args):
     # What does not fit each other or the task
     T, n = args.horizon, task.episode_length
     low, high = args.reanalyze_log_std_min, args.reanalyze_log_std_max
-    has_noise = args.reanalyze_use_chosen_action and args.initial_expert_from_behavior
     for fits, message in (
         (args.vmin < args.vmax and args.num_bins > 1, f"{args.num_bins} bins on [{args.vmin}, {args.vmax}]"),
         (args.log_std_min <= args.log_std_max, f"--log-std-min is {args.log_std_min}, above --log-std-max"),
@@ -1652,7 +1651,6 @@ def fill_in(args):
         (args.learning_starts >= args.num_envs * T, f"learning_starts {args.learning_starts} holds no window"),
         (args.buffer_size // args.num_envs > T + 1, f"buffer_size {args.buffer_size} holds no window per environment"),
         (n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, less than the horizon of {T}"),
-        (args.chosen_action_noise or has_noise, "--no-chosen-action-noise does nothing: the expert has none"),
     ):
         if not fits:
             raise Refused(message)

@@ -109,12 +109,6 @@ def test_every_wrong_value_is_refused_in_one_line_and_named(tmp_path, monkeypatc
         assert any(word in said.err for word in [*name.strip().split("_"), SYNONYMS.get(name, name)]), said.err
 
 
-def test_of_two_flags_where_only_one_does_something_the_other_is_refused():
-    flags = ["--no-reanalyze-use-chosen-action", "--no-chosen-action-noise"]
-    with pytest.raises(bmpc.Refused, match="--no-chosen-action-noise does nothing"):
-        bmpc.fill_in(bmpc.parse_args([*BASE, *flags]))
-
-
 ANYTHING = st.one_of(
     *(st.integers(-(2**70), 2**70), st.integers(-3, 40), st.floats(), st.floats(-3, 3), st.text(max_size=5), st.none())
 ).map(str)
