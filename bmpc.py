@@ -1679,7 +1679,6 @@ def begin(args):
 def main(argv=None):
     """Runs the command line. Returns the exit code, having told in one line what went wrong."""
     warnings.simplefilter("ignore")  # simulators and torch's compiler warn of what no user can change
-    sys.stdout.reconfigure(line_buffering=True)  # a log file is read while the run goes on
     try:
         args = parse_args(argv)
         if args.capture_video and not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):  # before MuJoCo is imported
@@ -1697,4 +1696,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file is read while the run goes on
     sys.exit(main())

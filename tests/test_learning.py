@@ -233,7 +233,7 @@ def written_out(model, args, envs, planner, warm_up):
         slow.update(found, draws, pretraining)
         did.append("pretraining" if pretraining else "renewed" if renews else "learning")
 
-    obs = torch.from_numpy(envs.reset(np.ones(E, bool), [bmpc.make_seed(args.seed, i, 0) for i in range(E)]))
+    obs = envs.reset(np.ones(E, bool), [(i, 0) for i in range(E)])
     episodes, begun = [[] for _ in range(E)], [1] * E
     for step in range(0, args.total_timesteps, E):
         if step < warm_up:
@@ -242,24 +242,22 @@ def written_out(model, args, envs, planner, warm_up):
         else:
             for _ in range(args.learning_starts if step == warm_up else 0):
                 update(True)
-            acting = planner(None, None, obs, torch.zeros(E, T, A), None, None)
+            acting = planner(None, None, torch.from_numpy(obs), torch.zeros(E, T, A), None, None)
             action, expert = acting.action, torch.stack([acting.action, acting.std], 1)
             for _ in range(E):
                 update(False)
         envs.step_async(action.numpy())
         next_obs, reward, terminated, truncated = envs.step_wait()
         for i, episode in enumerate(episodes):
-            row = dict(
-                obs=obs[i].double(), action=action[i], expert=expert[i], next_obs=torch.tensor(next_obs[i]).double()
-            )
-            row |= dict(reward=torch.tensor(reward[i]), terminated=torch.tensor(float(terminated[i])))
+            row = dict(action=action[i], expert=expert[i], reward=reward[i], terminated=float(terminated[i]))
+            row |= dict(obs=torch.from_numpy(obs[i]), next_obs=torch.from_numpy(next_obs[i]))
+            row = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in row.items()}
             episode.append(row)
             rows.append(row)
             windows += [episode[-T:]] * (len(episode) >= T)
-        obs = torch.from_numpy(next_obs)
+        obs = next_obs
         for i in np.flatnonzero(terminated | truncated):
-            seeds = [bmpc.make_seed(args.seed, j, k) for j, k in enumerate(begun)]
-            obs, episodes[i], begun[i] = torch.from_numpy(envs.reset(np.arange(E) == i, seeds)), [], begun[i] + 1
+            obs, episodes[i], begun[i] = envs.reset(np.arange(E) == i, list(enumerate(begun)), obs), [], begun[i] + 1
     return slow, rows, did
 
 

@@ -24,6 +24,7 @@ def become(request):
         target = os.open(name, os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(target, fd)
         os.close(target)
+    sys.stdout.reconfigure(line_buffering=True)  # as the script does to itself
     os.environ.update(request["environ"])
     script = importlib.import_module(request["script"])
     sys.argv = [script.__file__, *request["argv"]]
