@@ -36,6 +36,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -341,16 +342,16 @@ def first_line(e):
 
 
 def resolve_env_id(task):
-    """The Gymnasium id of a task: `dog-run` and `cup-catch` as TD-MPC2 spells them; other ids stand as they are."""
+    """The Gymnasium id of a task: `dog-run`, `cup-catch` as TD-MPC2 spells them; with a module or version it stands."""
     if re.search(r":|^(?!dm_control/).*-v\d+$", task):  # `module:Id-v0` imports the module that registers the id
         return task
     try:
         import shimmy  # noqa: F401 dm_control's tasks
     except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
         raise Refused(f"dm_control cannot be imported: {first_line(e)}") from e
-    domain, _, name = task.lower().removeprefix("dm_control/").removesuffix("-v0").partition("-")
+    domain, dash, name = task.removeprefix("dm_control/").removesuffix("-v0").partition("-")
     domain = {"cup": "ball_in_cup", "pointmass": "point_mass"}.get(domain, domain)
-    return f"dm_control/{domain}-{name.replace('-', '_')}-v0"
+    return f"dm_control/{domain}{dash}{name.replace('-', '_')}-v0"
 
 
 class Worker(gym.Wrapper):
@@ -1290,7 +1291,7 @@ class Run:
             else:  # another kind of device draws other numbers
                 generator.manual_seed(make_seed(self.args.seed, name, state["progress"]["global_step"]))
         self.metrics = {names: (x.to(self.obs.device), n) for names, (x, n) in state["metrics"].items()}
-        for name, x in state["progress"].items():
+        for name, x in state["progress"].items():  # an older script may have kept more
             setattr(self, name, x.to(getattr(self, name, x).device) if isinstance(x, Tensor) else x)
 
 
@@ -1395,15 +1396,16 @@ def open_directory(args):
         other = [f"{name} {old[name]} -> {new[name]}" for name in fixed if old[name] != new[name]]
         if other:
             raise Refused(f"{directory} holds a run with other arguments ({'; '.join(other)}); give --run-name NAME")
-        if finished.exists() and step >= args.total_timesteps:
+        if step >= args.total_timesteps + (0 if finished.exists() else args.num_envs):
             hints = f"more --steps continue it, --run-name NAME begins another, --evaluate {directory} evaluates it"
             raise Refused(f"{directory} holds a finished run of {step} decisions; {hints}")
     finished.unlink(missing_ok=True)
     write_json(directory / "args.json", dataclasses.asdict(args))
 
     # Time, command line, git commit and the versions of Python and of every package of this start
-    describe = f"git -C '{Path(__file__).parent}' describe --always --exclude='*' --abbrev=40 --dirty=+changes"
-    failed, commit = subprocess.getstatusoutput(describe)  # where there is no git, or no repository
+    describe = "git describe --always --exclude='*' --abbrev=40 --dirty=+changes 2>/dev/null"
+    where = shlex.quote(str(Path(__file__).parent))
+    failed, commit = subprocess.getstatusoutput(f"cd {where} && {describe}")  # where there is no git, or no repository
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "python": sys.version.split()[0]}
     start["git_commit"] = None if failed else commit
     start |= {package.name: package.version for package in importlib.metadata.distributions()}
@@ -1451,8 +1453,9 @@ def enter_episodes(run, envs):
     age = np.where(buffer.age > buffer.capacity, 0, buffer.age)  # of an episode of which the ring holds all
     episodes = list(enumerate(run.episode.tolist()))  # by their names
     obs = envs.reset(age >= 0, episodes)
-    for ago in range(age.max(), 0, -1):  # the last actions of all; an environment joins where its episode begins
-        envs.step_async(to_host(buffer.columns(buffer.rows[(buffer.step - ago) % buffer.capacity]).action))
+    for ago in range(age.max(), 0, -1):  # the last actions again; who joins later stands still until then
+        actions = to_host(buffer.columns(buffer.rows[(buffer.step - ago) % buffer.capacity]).action)
+        envs.step_async(actions * (age >= ago)[:, None])
         obs, _, terminated, truncated = envs.step_wait()
         obs = envs.reset((age == ago - 1) | terminated | truncated, episodes, obs)
     strayed = (obs.view(np.int32) != left.view(np.int32)).any(1) & (run.global_step > 0)
@@ -1525,7 +1528,7 @@ def pretrain(run, stop):
             clock = time.perf_counter()
             learn(run, pretraining=True)
             progress.update()
-            if run.pretrained == 50 and run.obs.device.type == "cpu":  # the first updates compile
+            if progress.n - progress.initial == 50 and run.obs.device.type == "cpu":  # the first updates compile
                 tell_hours(run, time.perf_counter() - clock)
 
 

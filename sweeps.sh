@@ -74,7 +74,7 @@ value_of() {  # NAME|NAME WORDS...
 short_name() {
   local task=${1##*:} domain
   if [[ $task == dm_control/* || $task != *-v[0-9]* ]]; then
-    task=${task,,} task=${task#dm_control/} task=${task%-v0} domain=${task%%-*} task=${task#*-}
+    task=${task#dm_control/} task=${task%-v0} domain=${task%%-*} task=${task#*-}
     case $domain in cup) domain=ball_in_cup ;; pointmass) domain=point_mass ;; esac
     task=$domain-${task//-/_}
   fi

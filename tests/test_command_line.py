@@ -93,7 +93,7 @@ def test_a_preset_stands_for_its_flags_and_flags_beside_it_win():
 TASKS = {
     "dog-run": "dm_control/dog-run-v0",
     "dm_control/dog-run-v0": "dm_control/dog-run-v0",
-    "DOG-RUN": "dm_control/dog-run-v0",
+    "humanoid_CMU-run": "dm_control/humanoid_CMU-run-v0",
     "finger-turn-easy": "dm_control/finger-turn_easy-v0",
     "finger-turn_easy": "dm_control/finger-turn_easy-v0",
     "cup-catch": "dm_control/ball_in_cup-catch-v0",

@@ -135,7 +135,7 @@ def size(script: str) -> dict[str, int]:
     }
 
 
-BUDGETS = {"lines": 1700, "statements": 1041, "tokens": 14071, "functions and classes": 120, "longest function": 59}
+BUDGETS = {"lines": 1703, "statements": 1044, "tokens": 14111, "functions and classes": 120, "longest function": 59}
 
 
 def test_the_base_stays_small():
