@@ -20,7 +20,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-import tyro
 from conftest import ROOT
 
 spec = importlib.util.spec_from_file_location("sweep_report", ROOT / "sweep_list" / "report.py")
@@ -261,7 +260,7 @@ RUNS = [(folder, name, about) for folder, runs in KEPT.items() for name, about i
 def test_a_kept_run_is_whole(folder, name, about):
     """The command names the run and its length; the curve ends there and is evenly spaced."""
     _python, script, *flags = shlex.split(about["command"])
-    args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+    args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
     assert name == f"{args.env_id}__{script.removesuffix('.py')}__{args.seed}__{args.run_name}"
     assert args.seed == about["seed"] and args.total_timesteps == about["steps"]
     assert {"git_commit", "torch", "mujoco", "dm_control"} <= set(about["versions"])
