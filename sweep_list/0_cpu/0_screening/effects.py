@@ -3,9 +3,9 @@
     python sweep_list/0_cpu/0_screening/effects.py results/screening
 
 An effect is the mean of the six runs with the default less that of the six with the official number, in percent of the
-mean of all twelve. Eleven effects use up twelve runs, so nothing is left for an error of its own: Lenth's method
-(Technometrics 31, 1989) takes it from the effects themselves, few of which are real. Chance alone exceeds the first
-margin in at most one of twenty effects, the second in at most one of twenty such tables.
+mean of all twelve; of both tasks, the mean of their two. Eleven effects use up twelve runs, so nothing is left for an
+error of its own: Lenth's method (Technometrics 31, 1989) takes it from the effects themselves, few of which are real.
+Chance alone exceeds the first margin in at most one of twenty effects, the second in at most one of twenty such tables.
 """
 
 import sys
@@ -54,12 +54,15 @@ def main():
         "final": (report.final_return, report.PLANNER),
         "policy's area": (report.area_under_curve, report.POLICY),
     }
-    columns = {}
-    for task in sorted({run.task for run in runs}):
-        for name, (measure, tag) in measures.items():
+    columns, tasks = {}, sorted({run.task for run in runs})
+    for name, (measure, tag) in measures.items():
+        found = []
+        for task in tasks:
             values = {run.configuration: measure(run.curve(tag)) for run in runs if run.task == task}
             assert len(values) == len(LETTERS) + 1, f"{task}: {len(values)} of {len(LETTERS) + 1} runs are kept"
-            columns[f"{task}, {name}"] = 100 * effects(values) / np.mean(list(values.values()))
+            found.append(100 * effects(values) / np.mean(list(values.values())))
+        columns[f"{name}, both tasks"] = np.mean(found, 0)
+        columns |= {f"{name}, {task}": column for task, column in zip(tasks, found, strict=True)}
     print(f"| default, % | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for row, what in enumerate(LETTERS.values()):
         print(f"| {what} | {' | '.join(f'{column[row]:+.1f}' for column in columns.values())} |")
