@@ -44,7 +44,6 @@ import time
 import traceback
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -418,8 +417,8 @@ def inspect_task(args):
 
 def make_seed(seed, *name):
     """A seed made from (seed, *name): of an episode (environment, episode), or of a generator."""
-    words = [seed] + [zlib.crc32(str(part).encode()) for part in name]
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
+    words = " ".join(map(str, (seed, *name)))
+    return int(np.random.SeedSequence(list(words.encode())).generate_state(1)[0])
 
 
 @contextlib.contextmanager
@@ -538,29 +537,24 @@ def simnorm(x, group):
 # (1, ..., in) for an input that all heads share.
 
 
-def stacked_linear(x, weight, bias=None):
-    """x (heads or 1, ..., in), weight (heads, in, out), bias (heads, 1, out) -> (heads, ..., out), in one product."""
-    heads = weight.shape[0]
-    if heads == 1:
-        rows, lead = x.reshape(1, -1, x.shape[-1]), x.shape[:-1]
-    else:
-        rows, lead = x.reshape(x.shape[0], -1, x.shape[-1]).expand(heads, -1, -1), (heads, *x.shape[1:-1])
-    product = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
-    return product.view(*lead, weight.shape[-1])
+def stacked_product(x, weight):
+    """x (heads or 1, ..., in), weight (heads, in, out) -> (heads, ..., out), in one product."""
+    if len(weight) == 1:
+        return x @ weight[0]
+    return torch.bmm(x.flatten(1, -2).expand(len(weight), -1, -1), weight).unflatten(1, x.shape[1:-1])
 
 
 class Layer(nn.Module):
     """A stack of layers: linear, (dropout), and where there is an activation LayerNorm before it.
 
-    Truncated normal weights of std 0.02 (or zero), biases 0.
+    Truncated normal weights of std 0.02, biases 0.
     """
 
-    def __init__(self, heads, inputs, outputs, generator, activation, zero=False):
+    def __init__(self, heads, inputs, outputs, generator, activation):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(heads, 1, outputs))
-        if not zero:
-            nn.init.trunc_normal_(self.weight, std=0.02, generator=generator)
+        weight = torch.empty(heads, inputs, outputs)
+        self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=0.02, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(heads, outputs))
         self.activation = activation
         if activation:
             self.scale = nn.Parameter(torch.ones(heads, outputs))
@@ -574,27 +568,27 @@ class Layer(nn.Module):
         """
         if a is not None and a.shape[:-1] == x.shape[:-1]:
             x, a = torch.cat([x, a], -1), None
-        weight, bias, split = self.weight[heads], self.bias[heads], x.shape[-1]
-        x = stacked_linear(x, weight[:, :split], bias)
+        weight, split = self.weight[heads], x.shape[-1]
+        x = stacked_product(x, weight[:, :split])
         if a is not None:
-            x = x + stacked_linear(a, weight[:, split:])
+            x = x + stacked_product(a, weight[:, split:])
+        per_head = lambda parameter: parameter[heads].view(len(weight), *[1] * (x.dim() - 2), -1)
+        x = x + per_head(self.bias)
         if keep is not None:
             x = x * keep
         if not self.activation:
             return x
-        per_head = (len(weight), *[1] * (x.dim() - 2), -1)
-        scale, shift = self.scale[heads].view(per_head), self.shift[heads].view(per_head)
-        return self.activation(F.layer_norm(x, x.shape[-1:]) * scale + shift)
+        return self.activation(F.layer_norm(x, x.shape[-1:]) * per_head(self.scale) + per_head(self.shift))
 
 
 class MLP(nn.Module):
     """A stack of networks: layers with LayerNorm and Mish, then a linear one, or one with the activation `last`."""
 
-    def __init__(self, sizes, generator, heads=1, zero_last=False, last=None):
+    def __init__(self, sizes, generator, heads=1, last=None):
         super().__init__()
         *hidden, (inputs, outputs) = zip(sizes, sizes[1:], strict=False)
         layers = [Layer(heads, i, o, generator, mish) for i, o in hidden]
-        self.layers = nn.ModuleList([*layers, Layer(heads, inputs, outputs, generator, last, zero_last)])
+        self.layers = nn.ModuleList([*layers, Layer(heads, inputs, outputs, generator, last)])
 
     def forward(self, x, a=None, keep=None, heads=None):
         """Those heads of the stack, or all: at once, or on a CPU one by one, as what each computes stays in its cache.
@@ -627,8 +621,10 @@ class WorldModel(nn.Module):
         self.encoder = MLP(encoder, init, last=to_latent)
         heads = args.planner_num_dynamics_heads  # [V2]
         self.dynamics = MLP([latent + action, *hidden, latent], init, heads=heads, last=to_latent)
-        self.reward = MLP([latent + action, *hidden, bins], init, zero_last=True)
-        self.value = MLP([latent, *hidden, bins], init, heads=args.num_q, zero_last=True)
+        self.reward = MLP([latent + action, *hidden, bins], init)
+        self.value = MLP([latent, *hidden, bins], init, heads=args.num_q)
+        for network in (self.reward, self.value):
+            nn.init.zeros_(network.layers[-1].weight)
         self.policy = MLP([latent, *hidden, 2 * action], init)
         self.termination = MLP([latent, *hidden, 1], init) if args.episodic else None
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)  # moving averages follow the originals
@@ -684,8 +680,7 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """A ring of C steps on the device. A row is a decision of one environment, a step the rows of all E.
 
-    The host lists the first row of every window: T consecutive rows of one episode, finished or not. A window enters
-    when its last row does and leaves when its first is overwritten, so they leave in the order in which they came.
+    The host knows at which rows a window begins: T consecutive rows of one episode, finished or not.
     """
 
     def __init__(self, args, task, device):
@@ -694,9 +689,9 @@ class ReplayBuffer:
         self.horizon, self.capacity = args.horizon, C
         self.widths = [task.obs_dim, A, 2 * A, 1, 1, task.obs_dim]  # in the order of Batch
         self.rows = torch.from_numpy(np.zeros((C, E, sum(self.widths)), np.float32)).to(device)  # lazily on a CPU
-        self.window = np.zeros((C, E), np.int64)  # a ring of C * E
+        self.begins, self.windows = np.zeros((C, E), bool), np.zeros(0, np.int64)  # whether one does; those that do
         self.age = np.zeros(E, np.int64)  # decisions of the episodes under way
-        self.step, self.entered, self.left = 0, 0, 0  # steps stored, windows entered and left so far
+        self.step = 0  # steps stored so far
 
     def columns(self, rows, place=None):
         """Rows (..., D) as a Batch."""
@@ -706,38 +701,34 @@ class ReplayBuffer:
 
     def add(self, obs, action, expert, reward, terminated, next_obs, ended):
         """Stores a step: (E, O), (E, A), (E, 2, A), (E,), (E,), the true next obs (E, O), on the host (E,)."""
-        T, C, E = self.horizon, self.capacity, len(self.age)
         row = [obs, action, expert.flatten(1), reward[:, None], terminated[:, None], next_obs]
-        torch.cat(row, 1, out=self.rows[self.step % C])
-        while self.left < self.entered and self.window.flat[self.left % (C * E)] // E == self.step % C:
-            self.left += 1
+        torch.cat(row, 1, out=self.rows[self.step % self.capacity])
+        self.begins[self.step % self.capacity] = False
         self.age += 1
-        first = (self.step + 1 - T) % C * E + np.flatnonzero(self.age >= T)  # rows of the windows that enter
-        self.window.flat[(self.entered + np.arange(len(first))) % (C * E)] = first
-        self.entered += len(first)
-        self.age[ended] = 0
         self.step += 1
+        self.begins[(self.step - self.horizon) % self.capacity] = self.age >= self.horizon
+        self.windows = np.flatnonzero(self.begins[: self.step])  # here, as several updates follow a step
+        self.age[ended] = 0
 
     def sample(self, u):
         """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), on the host."""
         T, C, E = self.horizon, self.capacity, len(self.age)
-        if self.entered == self.left:
+        if not len(self.windows):
             raise Refused(f"the replay holds no {T} decisions of one episode; raise --learning-starts or --buffer-size")
-        k = self.left + (u * (self.entered - self.left)).astype(np.int64)
-        first = self.window.flat[k % (C * E)]  # (B,)
+        first = self.windows[(u * len(self.windows)).astype(np.int64)]  # (B,)
         place = to_device((first + E * np.arange(T)[:, None]) % (C * E), self.rows.device)  # (T, B)
         return self.columns(self.rows.flatten(0, 1)[place], place)
 
     def state_dict(self):
-        """All that was ever written to; no more windows than rows have entered."""
-        window, age = self.window[: self.step].copy(), self.age.copy()
-        state = {"counts": [self.step, self.entered, self.left], "rows": self.rows[: self.step].to("cpu", copy=True)}
-        return state | {"window": torch.from_numpy(window), "age": torch.from_numpy(age)}
+        """All that was ever written to."""
+        host = {"begins": torch.from_numpy(self.begins[: self.step].copy()), "age": torch.from_numpy(self.age.copy())}
+        return host | {"step": self.step, "rows": self.rows[: self.step].to("cpu", copy=True)}
 
     def load_state_dict(self, state):
-        self.step, self.entered, self.left = state["counts"]
+        self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
-        self.window[: self.step], self.age[:] = state["window"], state["age"]
+        self.begins[: self.step], self.age[:] = state["begins"], state["age"]
+        self.windows = np.flatnonzero(self.begins)
 
 
 # --- Planner: MPPI in latent space ------------------------------------------------------------------------------------
@@ -884,15 +875,15 @@ def act_randomly(args, action_dim, generator):
 
 
 @torch.no_grad()
-def act(plan, model, obs, mean, args, draws):
+def act(plan, model, obs, mean, args, generator):
     """Plans on obs (E, O), starting from mean (E, T, A). Returns action (E, A), expert (E, 2, A), mean; metrics."""
     E, T, A = mean.shape
-    noise = draw_plan(args, E, A, T, draws["collect"])
+    noise = draw_plan(args, E, A, T, generator("act"))
     coef = args.planner_value_std_coef_train  # [V4]
     acting = plan_in_chunks(plan, model, model.policy, obs, mean, noise, args, coef)
     expert = make_expert(acting, acting.action if args.chosen_action_noise else acting.elite, args)
     if not args.initial_expert_from_behavior:
-        noise = draw_plan(args, E, A, T, draws["expert"])
+        noise = draw_plan(args, E, A, T, generator("expert"))
         separate = plan_in_chunks(plan, model, model.policy, obs, torch.zeros_like(mean), noise, args, coef)  # [V4]
         expert = make_expert(separate, separate.elite, args)
     metrics = {"planner/elite_std": acting.std.mean(), "planner/value": acting.value.mean()}
@@ -906,35 +897,22 @@ def act(plan, model, obs, mean, args, draws):
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
-def dropout_mask(shape, p, u):
-    """Each element independently 0 with probability p, else 1 / (1 - p), by uniform numbers u, float64.
-
-    From one dropped element to the next the gap is geometric, so about n p numbers are needed and not n. The gaps that
-    lead beyond the end drop a spare element there.
-    """
-    n = math.prod(shape)
-    gaps = 1 + (torch.log1p(-u) / math.log1p(-p)).clamp(max=n).long()  # geometric, by inversion
-    dropped = (gaps.cumsum(0) - 1).clamp(max=n)
-    return torch.full((n + 1,), 1 / (1 - p), device=u.device).scatter(0, dropped, 0.0)[:n].view(shape)
-
-
 class UpdateDraws(NamedTuple):
     """Every random number of an update but those of its reanalyze."""
 
     td: Tensor  # (H or 1, R, td_horizon, T, B, A) normal [V5]
-    dropout: Tensor  # uniform, float64: as many as the mask takes, by ten standard deviations
+    dropout: Tensor  # (Q, T, B, mlp_dim) uniform
 
 
-def draw_update(args, action_dim, generator, variant):  # [V5]
+def draw_update(args, action_dim, generator):
     """The random numbers of one update."""
-    T, B, on = args.horizon, args.batch_size, {"generator": generator, "device": generator.device}
-    td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, **on)
-    drops = args.num_q * T * B * args.mlp_dim * args.dropout  # to be expected
-    dropout = torch.rand(math.ceil(drops + 10 * math.sqrt(drops) + 10), dtype=torch.float64, **on)
+    T, B, draws = args.horizon, args.batch_size, generator("update")
+    td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, generator=draws, device=draws.device)
+    dropout = torch.rand(args.num_q, T, B, args.mlp_dim, generator=draws, device=draws.device)
     td = td[None]
     if args.td_horizon > 1:  # [V5] from the second action on each head has draws of its own
         others = (args.planner_num_dynamics_heads - 1, *td.shape[1:])
-        td = torch.cat([td, torch.randn(others, generator=variant, device=td.device)])
+        td = torch.cat([td, torch.randn(others, generator=generator("heads"), device=td.device)])
     return UpdateDraws(td, dropout)
 
 
@@ -982,8 +960,7 @@ def world_model_loss(model, batch, draws, args):
     policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
     y = td_target(model, policy, origin.detach(), draws.td, args)  # (Q or 1, R, T, B)
     target = two_hot(y, args).mean(1)  # (Q or 1, T, B, K); the cross-entropy is linear in it
-    mask = (args.num_q, T, len(first), args.mlp_dim)
-    keep = dropout_mask(mask, args.dropout, draws.dropout) if args.dropout > 0 else None
+    keep = (draws.dropout >= args.dropout) / (1 - args.dropout)
     value_logits = model.value(start[None], keep=keep)  # (Q, T, B, K)
     value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
@@ -1019,17 +996,17 @@ def update_kl_scale(scale, kl):
     return torch.lerp(scale, (percentiles[1] - percentiles[0]).clamp(min=1.0), 0.01)
 
 
-def imitation_loss(policy, ema, scale, z, expert, args):
-    """KL(policy || expert) / S at z (T, B, L), expert (T, B, 2, A), and its company (BMPC: expert imitation).
+def policy_loss(model, z, expert, args):
+    """KL(policy || expert) / S at the rollout's states z (T, B, L), expert (T, B, 2, A) (BMPC: expert imitation).
 
     Returns the loss, the new S and metrics.
     """
     lam = rho_weights(args, z)
     reduce = (lambda kl: kl.mean(-1)) if args.kl_reduction == "mean" else (lambda kl: kl.sum(-1))
-    mean, std = policy_gaussian(policy, z, args)  # (T, B, A)
+    mean, std = policy_gaussian(model.policy, z, args)  # (T, B, A)
     expert_std = (expert[:, :, 1] * args.expert_std_scale).clamp(min=args.expert_std_min)
     kl = reduce(gaussian_kl(mean, std, expert[:, :, 0], expert_std))  # (T, B)
-    scale = update_kl_scale(scale, kl[0])
+    scale = update_kl_scale(model.kl_scale, kl[0])
     loss = (lam * kl.mean(1)).sum() / scale
     entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean(1)  # (T,)
     if args.entropy_coef > 0:
@@ -1037,16 +1014,10 @@ def imitation_loss(policy, ema, scale, z, expert, args):
     metrics = {"losses/kl": kl.detach().mean(), "losses/kl_scale": scale, "losses/entropy": entropy.detach().mean()}
     if args.policy_trust_region_coef > 0:
         with torch.no_grad():
-            ema_mean, ema_std = policy_gaussian(ema, z, args)
+            ema_mean, ema_std = policy_gaussian(model.ema_policy, z, args)
         trust = (lam * reduce(gaussian_kl(ema_mean, ema_std, mean, std)).mean(1)).sum() / scale
         loss = loss + args.policy_trust_region_coef * trust
         metrics["losses/trust_region"] = trust.detach()
-    return loss, scale, metrics
-
-
-def policy_loss(model, z, expert, args):
-    """The policy's loss at the rollout's states z (T, B, L). Returns the loss, the new KL scale and metrics."""
-    loss, scale, metrics = imitation_loss(model.policy, model.ema_policy, model.kl_scale, z, expert, args)
     return loss, scale, metrics | {"losses/policy": loss.detach()}
 
 
@@ -1097,13 +1068,11 @@ def compiled(args, device):
         return Functions()
     say("is there a compiler? ...")
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's own deprecations, while its compiler is imported
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as e:
         say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
-    torch._dynamo.callback.callback_handler.clear()
     torch._dynamo.callback.on_compile_start(lambda about: say("compiling ..."))  # at first calls, up to a minute
     torch._dynamo.callback.on_compile_end(lambda about: say("compiled"))
     on_cuda = device.type == "cuda"  # where a launch costs most: independent kernels in one, no copies out of padding
@@ -1120,7 +1089,7 @@ def reanalyze(plan, model, buffer, batch, args, generator):
     """
     W, T = args.reanalyze_batch_size, args.horizon
     obs, place = batch.obs[:, :W].flatten(0, 1), batch.place[:, :W].flatten()  # (T * W, O), (T * W,)
-    draws = draw_plan(args, T * W, batch.action.shape[-1], args.reanalyze_horizon, generator)
+    draws = draw_plan(args, T * W, batch.action.shape[-1], args.reanalyze_horizon, generator("reanalyze"))
     start = torch.zeros_like(draws.samples[:, 0, 0])
     wider = dataclasses.replace(args, log_std_min=args.reanalyze_log_std_min, log_std_max=args.reanalyze_log_std_max)
     coef = args.reanalyze_value_std_coef  # [V4]
@@ -1234,12 +1203,10 @@ class Run:
     """What a run consists of. Its numbers, lists and tensors are where the loop stands between two iterations."""
 
     def __init__(self, args, task, device):
-        E, A, host = args.num_envs, task.action_dim, torch.device("cpu")
+        E, A = args.num_envs, task.action_dim
         self.args, self.functions = args, compiled(args, device)
-        self.model = WorldModel(task, args, make_generator(args.seed, "init", host)).to(device)  # as on any device
+        self.model = WorldModel(task, args, make_generator(args.seed, "init", "cpu")).to(device)  # as on any device
         self.optimizers, self.buffer = make_optimizers(self.model, args), ReplayBuffer(args, task, device)
-        names = ("collect", "expert", "learn", "variant")
-        self.draws = {name: make_generator(args.seed, name, device) for name in names}
         self.metrics = {}  # by the names that come together: (their sums, how often they came)
         self.obs = torch.zeros(E, task.obs_dim, device=device)  # that wait for an action
         self.mean = torch.zeros(E, args.horizon, A, device=device)  # where the next plans start
@@ -1247,6 +1214,11 @@ class Run:
         self.returns = torch.zeros(E, dtype=torch.float64)  # and its return so far; the buffer counts its decisions
         self.ended = []  # (environment, episode, return, length) of those that the last step ended
         self.global_step, self.pretrained, self.updates = 0, 0, 0
+
+    def generator(self, name):
+        """Random numbers for one purpose: a function of the seed and of where the run is, never a state to keep."""
+        where = f"{name} {self.global_step} {self.pretrained} {self.updates}"
+        return make_generator(self.args.seed, where, self.obs.device)
 
     def measure(self, values):
         """Adds to the metrics: sums on the device, which cross to the host together, once per log interval."""
@@ -1273,7 +1245,6 @@ class Run:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "buffer": self.buffer.state_dict(),
-            "draws": {name: generator.get_state() for name, generator in self.draws.items()},
             "metrics": self.metrics,
             # what __init__ sets to a number, a list or a tensor: from obs to updates
             "progress": {name: x for name, x in vars(self).items() if isinstance(x, (int, list, Tensor))},
@@ -1285,11 +1256,6 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.buffer.load_state_dict(state["buffer"])
-        for name, generator in self.draws.items():
-            if state["draws"][name].shape == generator.get_state().shape:
-                generator.set_state(state["draws"][name])
-            else:  # another kind of device draws other numbers
-                generator.manual_seed(make_seed(self.args.seed, name, state["progress"]["global_step"]))
         self.metrics = {names: (x.to(self.obs.device), n) for names, (x, n) in state["metrics"].items()}
         for name, x in state["progress"].items():  # an older script may have kept more
             setattr(self, name, x.to(getattr(self, name, x).device) if isinstance(x, Tensor) else x)
@@ -1471,15 +1437,15 @@ def enter_episodes(run, envs):
 
 def learn(run, pretraining):
     """One update, with its reanalyze if that is due."""
-    args, generator = run.args, run.draws["learn"]
-    draws = draw_update(args, run.mean.shape[2], generator, run.draws["variant"])  # [V5]
+    args = run.args
+    draws = draw_update(args, run.mean.shape[2], run.generator)
     which = np.random.default_rng([args.seed, run.pretrained, run.updates])  # of this update, on the host
     batch = run.buffer.sample(which.random(args.batch_size))
     run.pretrained += pretraining
     run.updates += not pretraining
     if not pretraining and args.reanalyze_interval and run.updates % args.reanalyze_interval == 0:
         with record_function("reanalyze"):
-            reanalyze(run.functions.plan, run.model, run.buffer, batch, args, generator)
+            reanalyze(run.functions.plan, run.model, run.buffer, batch, args, run.generator)
     with record_function("update"):
         run.measure(update(run.functions, run.model, run.optimizers, batch, draws, args, pretraining))
 
@@ -1507,10 +1473,10 @@ def store(run, envs, action, expert, mean):
 
 def tell_hours(run, update):
     """Says what a run takes in which an update takes so many seconds; a plan is tried. Nothing of the run changes."""
-    args, draws = run.args, {name: make_generator(run.args.seed, "trial", run.obs.device) for name in run.draws}
+    args = run.args
     for _ in range(2):  # the first one compiles
         clock = time.perf_counter()
-        act(run.functions.plan, run.model, run.obs, run.mean, args, draws)
+        act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
     planning = (time.perf_counter() - clock) / args.num_envs  # of one state
     renewed = args.horizon * args.reanalyze_batch_size / args.reanalyze_interval if args.reanalyze_interval else 0
     learning = updates_due(args, args.total_timesteps) * (update + renewed * planning)
@@ -1579,9 +1545,9 @@ def train(run, envs, eval_envs, log, stop, directory):
         # Act: random actions in warm-up, then the planner
         with record_function("act"):
             if run.global_step < args.learning_starts:
-                acted = *act_randomly(args, run.mean.shape[2], run.draws["collect"]), run.mean
+                acted = *act_randomly(args, run.mean.shape[2], run.generator("act")), run.mean
             else:
-                acted, metrics = act(run.functions.plan, run.model, run.obs, run.mean, args, run.draws)
+                acted, metrics = act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
                 run.measure(metrics)
             envs.step_async(to_host(acted[0]))  # the one copy to the host of a vector step
 

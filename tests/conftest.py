@@ -42,6 +42,11 @@ def generator(seed=0, device="cpu"):
     return torch.Generator(device).manual_seed(seed)
 
 
+def named(seed=0):
+    """Generators by their names, as Run.generator makes them at one place."""
+    return lambda name: bmpc.make_generator(seed, name, CPU)
+
+
 def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
     """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included.
 

@@ -62,8 +62,8 @@ def check_waits(options):
             if bench.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode(alarm)
             try:
-                plan, draws = run.functions.plan, run.draws
-                (action, expert, _), metrics = script.act(plan, run.model, run.obs, run.mean, run.args, draws)
+                planning = run.functions.plan, run.model, run.obs, run.mean, run.args, run.generator
+                (action, expert, _), metrics = script.act(*planning)
                 run.measure(metrics)
                 reward = script.to_device(rows, bench.device)
                 run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0)

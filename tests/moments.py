@@ -101,7 +101,7 @@ def poison(script, path, number):
 
     def happen(call, args):
         if call == number:
-            args[0].model.policy.layers[-1].bias.data[0, 0, 0] = float("nan")
+            args[0].model.policy.layers[-1].bias.data[0, 0] = float("nan")
 
     before(script, path, happen)
 

@@ -16,7 +16,7 @@ from torch.distributions import Normal, kl_divergence
 
 
 def normed(layer, head, x, keep, activation):
-    x = x @ layer.weight[head] + layer.bias[head, 0]
+    x = x @ layer.weight[head] + layer.bias[head]
     if keep is not None:
         x = x * keep
     if activation == "none":
@@ -110,23 +110,12 @@ def td_targets(model, policy, z, eps, args):
     return y if getattr(args, "local_td_bootstrap", False) else y.mean(0, keepdim=True).expand_as(y)
 
 
-def dropped(args, u):
-    """The dropout mask over the probability to keep: the gap to the next dropped element is geometric."""
-    p, place = args.dropout, -1
-    keep = torch.full((args.num_q, args.horizon, args.batch_size, args.mlp_dim), 1 / (1 - p))
-    for number in u.tolist():
-        place += math.ceil(math.log(1 - number) / math.log1p(-p)) if number > 0 else 1
-        if place < keep.numel():
-            keep.view(-1)[place] = 0
-    return keep
-
-
 def world_model_loss(model, batch, draws, args):
     """Every loss of the world model by name, and the states of the first dynamics head's rollout."""
     T, Q, R, H = args.horizon, args.num_q, args.num_rollouts, heads(args)
     td = draws.td if draws.td.dim() == 6 else draws.td[None]  # (H or 1, R, td_horizon, T, B, A)
     z_true, parts, ys = [network(model.encoder, 0, obs) for obs in [*batch.obs, batch.next_obs[-1]]], {}, []
-    keep = dropped(args, draws.dropout) if args.dropout else [[None] * T] * Q
+    keep = torch.where(draws.dropout < args.dropout, 0.0, 1 / (1 - args.dropout))
     z = [[z_true[0]] for _ in range(H)]
 
     def add(name, value, t, of=1):

@@ -73,13 +73,11 @@ def test_a_separate_first_plan_is_unwarmed_noiseless_from_its_own_generator_and_
     """And the policy proposes, not its average."""
     args = small_args(initial_expert_from_behavior=False, td_target_use_ema_policy=True)
     run, without = (start(x, FakeEnvs([5, 7])) for x in (args, small_args(td_target_use_ema_policy=True)))
-    model, mean, rng = make_model(args), torch.rand(2, 3, 2, generator=generator(1)), generator()
-    rng.set_state(run.draws["expert"].get_state())
-    (action, expert, after), _ = bmpc.act(bmpc.plan, model, run.obs, mean, args, run.draws)
-    (*acted, other, after_without), _ = bmpc.act(bmpc.plan, model, run.obs, mean, without.args, without.draws)
+    model, mean = make_model(args), torch.rand(2, 3, 2, generator=generator(1))
+    (action, expert, after), _ = bmpc.act(bmpc.plan, model, run.obs, mean, args, run.generator)
+    (*acted, other, after_without), _ = bmpc.act(bmpc.plan, model, run.obs, mean, without.args, without.generator)
     assert same([action, after], [*acted, after_without]) and not torch.equal(expert, other)
-    assert torch.equal(run.draws["collect"].get_state(), without.draws["collect"].get_state())
-    noise = bmpc.draw_plan(args, 2, 2, 3, rng)
+    noise = bmpc.draw_plan(args, 2, 2, 3, run.generator("expert"))
     expected = bmpc.plan(model, model.policy, run.obs, torch.zeros(2, 3, 2), noise, args)
     torch.testing.assert_close(expert, torch.stack([expected.elite, expected.std], 1))
 
@@ -104,10 +102,10 @@ DIAGNOSTICS = {  # logged only where its flag is on
 
 
 def ended(directory, args):
-    """The end of a run's model, experts and generators, and the tags it logged."""
+    """The end of a run's model and experts, and the tags it logged."""
     state = run_loop(args, FakeEnvs([5, 7]), directory).state_dict()
     tags = {tag for _, _, tag, _ in numbers(directory)}
-    return [{k: x for k, x in state["model"].items() if "ema" not in k}, state["buffer"], state["draws"]], tags
+    return [{k: x for k, x in state["model"].items() if "ema" not in k}, state["buffer"]], tags
 
 
 def test_a_flag_at_its_default_leaves_every_bit_and_away_from_it_changes_the_run(tmp_path):

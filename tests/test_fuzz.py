@@ -63,7 +63,7 @@ def test_every_valid_command_line_acts_and_learns(changes):
     before = [x.clone() for x in run.model.parameters()]
     bmpc.learn(run, pretraining=True)
     bmpc.learn(run, pretraining=False)
-    (action, expert, mean), metrics = bmpc.act(run.functions.plan, run.model, run.obs, run.mean, args, run.draws)
+    (action, expert, mean), metrics = bmpc.act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
     run.measure(metrics)
     assert action.shape == (args.num_envs, 2) and action.abs().max() <= 1
     assert expert.isfinite().all() and mean.isfinite().all()

@@ -73,7 +73,7 @@ def test_a_run_stores_true_last_observations_and_only_real_terminations(tmp_path
     envs = FakeEnvs([5, 4], terminal=(1,))
     args = small_args(episodic=True, total_timesteps=60, learning_starts=60, batch_size=4)
     buffer = run_loop(args, envs, tmp_path).buffer
-    n = buffer.entered
+    n = len(buffer.windows)
     assert n == 6 * 3 + 7 * 2  # of 30 decisions each: 6 episodes of 5; 7 of 4 and an unfinished one of 2
     batch = buffer.sample((np.arange(n) + 0.5) / n)
     obs = torch.cat([batch.obs[:1], batch.next_obs])

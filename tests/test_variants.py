@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, generator, make_model, small_args, start, stored
+from conftest import TASK, FakeEnvs, make_model, named, small_args, start, stored
 from test_siblings import whole
 
 import bmpc
@@ -43,7 +43,7 @@ def begun(two, **flags):
     run = start(args, envs, script=script)
     run.model.load_state_dict(make_model(args, script=script).state_dict())
     for _ in range(10):
-        acted = *script.act_randomly(args, TASK.action_dim, run.draws["collect"]), run.mean
+        acted = *script.act_randomly(args, TASK.action_dim, run.generator("act")), run.mean
         envs.step_async(acted[0].numpy())
         script.store(run, envs, *acted)
     return script, run
@@ -60,7 +60,7 @@ def test_who_plans_to_act_and_whose_expert_is_stored(two, initial):
     warm_up = [[0.0] * 2, [1.0] * 2] * (1 + two)
     assert stored(run.buffer).expert[:10].tolist() == [[warm_up] * 2] * 10
     spy, model = Spy(script), run.model
-    (action, expert, mean), _ = script.act(spy, model, run.obs, run.mean, run.args, run.draws)
+    (action, expert, mean), _ = script.act(spy, model, run.obs, run.mean, run.args, run.generator)
     plans = 1 if initial else 2
     acting = model.optimistic_policy if two else model.policy
     assert spy.policies == [id(acting)] * plans + [id(model.policy)] * two
@@ -93,10 +93,10 @@ def test_the_pessimistic_policy_evaluates_with_a_coefficient_of_its_own(two):
 @each
 def test_reanalyze_rewrites_every_expert_of_the_sampled_rows_each_by_a_plan_of_its_own(two):
     script, run = begun(two)
-    args, learn, variant = run.args, run.draws["learn"], run.draws["variant"]
+    args = run.args
     batch, spy = run.buffer.sample(np.random.default_rng(0).random(args.batch_size)), Spy(script)
-    before, given, old = learn.get_state(), batch.expert.clone(), stored(run.buffer).expert.clone()
-    script.reanalyze(spy, run.model, run.buffer, batch, args, learn, *[variant] * two)
+    given, old = batch.expert.clone(), stored(run.buffer).expert.clone()
+    script.reanalyze(spy, run.model, run.buffer, batch, args, named())
     W, T = args.reanalyze_batch_size, args.horizon
     half = len(spy.policies) // (1 + two)  # a plan may come in chunks
     optimistic = [id(run.model.optimistic_policy)] * half if two else []
@@ -111,10 +111,6 @@ def test_reanalyze_rewrites_every_expert_of_the_sampled_rows_each_by_a_plan_of_i
     wanted = torch.stack([part[k] for k in range(1 + two) for part in parts], 1)
     for i, row in enumerate(rows):  # of a row that occurs twice one plan remains
         assert any(torch.equal(experts[row], wanted[j]) for j in (rows == row).nonzero().flatten()), i
-    after = learn.get_state()
-    learn.set_state(before)
-    script.draw_plan(args, W * T, TASK.action_dim, T, learn)
-    assert torch.equal(learn.get_state(), after)  # the shared stream gave one plan's numbers
 
 
 def test_scores_stay_finite():
@@ -129,15 +125,12 @@ def test_scores_stay_finite():
 
 
 @pytest.mark.parametrize("heads, td_horizon, extra", [(1, 3, False), (2, 1, False), (2, 3, True)])
-def test_extra_draws_come_from_the_variants_generator_where_they_are_needed(heads, td_horizon, extra):
+def test_extra_draws_come_where_they_are_needed_and_leave_the_shared_ones(heads, td_horizon, extra):
     args = small_args(bmpc_multihead, planner_num_dynamics_heads=heads, td_horizon=td_horizon)
-    learn, learn_of_base, variant = generator(9), generator(9), generator(10)
-    mine = bmpc_multihead.draw_update(args, 2, learn, variant)
-    theirs = bmpc.draw_update(small_args(td_horizon=td_horizon), 2, learn_of_base)
+    mine = bmpc_multihead.draw_update(args, 2, named(9))
+    theirs = bmpc.draw_update(small_args(td_horizon=td_horizon), 2, named(9))
     mine_of_base = mine._replace(td=mine.td[0])
     assert all(torch.equal(x, y) for x, y in zip(mine_of_base, theirs, strict=True))
-    assert torch.equal(learn.get_state(), learn_of_base.get_state())
-    assert torch.equal(variant.get_state(), generator(10).get_state()) != extra
     assert len(mine.td) == (heads if extra else 1) and (not extra or not torch.equal(mine.td[0], mine.td[1]))
 
 
@@ -152,9 +145,6 @@ def test_heads_and_policies_begin_different_and_disturb_no_shared_number(tmp_pat
     assert weights[0].shape == weights[1].shape and (weights[0] != weights[1]).all()
     assert fresh.optimistic_ema_policy is None and shared.optimistic_policy is None
     assert all(not torch.equal(*layer.weight) for layer in fresh.dynamics.layers)
-    for name in ("collect", "expert", "learn"):
-        assert torch.equal(on.draws[name].get_state(), off.draws[name].get_state()), name
-    assert not torch.equal(on.draws["variant"].get_state(), off.draws["variant"].get_state())
     _, one_head, _ = whole(bmpc_multihead, tmp_path / "one head", planner_value_std_coef_train=1.0)
     told = [{tag for _, _, tag, _ in rows} for rows in (one_head, off_rows, on_rows)]
     of = lambda part, *names: {f"{part}/{name}" for name in names}

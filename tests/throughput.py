@@ -99,7 +99,7 @@ class Bench:
         run, E = script.Run(args, TASK, self.device), args.num_envs
         random = lambda *shape: torch.rand(E, *shape, device=self.device)
         for _ in range(100):
-            action, expert = script.act_randomly(args, TASK.action_dim, run.draws["collect"])
+            action, expert = script.act_randomly(args, TASK.action_dim, run.generator("act"))
             obs = random(TASK.obs_dim)
             run.buffer.add(obs, action, expert, random(), 0 * random(), obs, np.zeros(E, bool))
         return run, plain.plan if mode == "plain" else run.functions.plan
@@ -112,16 +112,16 @@ def bench_act(bench, mode):
         cases += [("act, 2 policies", bmpc_dual_policy, TWO_POLICIES, 8)]
     for name, script, changes, plans in cases:
         run, plan = bench.make(script, mode, **changes)
-        act = lambda s=script, r=run, p=plan: s.act(p, r.model, r.obs, r.mean, r.args, r.draws)
+        act = lambda s=script, r=run, p=plan: s.act(p, r.model, r.obs, r.mean, r.args, r.generator)
         bench.time(name, mode, act, plans * flops(run.args)["plan"])
 
 
 def bench_reanalyze(bench, mode):
     run, plan = bench.make(bmpc, mode)
-    args, draws = run.args, run.draws["learn"]
+    args = run.args
     batch = run.buffer.sample(np.random.default_rng(0).random(args.batch_size))
     work = args.reanalyze_batch_size * args.horizon * flops(args)["plan"]
-    renew = lambda: bmpc.reanalyze(plan, run.model, run.buffer, batch, args, draws)
+    renew = lambda: bmpc.reanalyze(plan, run.model, run.buffer, batch, args, run.generator)
     bench.time("reanalyze, 60 states", mode, renew, work)
 
 
@@ -139,7 +139,7 @@ def bench_update(bench, mode):
 def bench_sample(bench, mode):
     if mode == "eager":
         buffer = bmpc.ReplayBuffer(bmpc.Args(), TASK, bench.device)
-        buffer.entered += 999_000  # as if full; what the rows hold does not matter to the clock
+        buffer.windows = np.arange(1_000_000 - 3)  # as if full, whatever the rows hold
         u = np.random.default_rng(0).random(256)
         bench.time("sample 256 windows of 1M rows", mode, lambda: buffer.sample(u))
 
