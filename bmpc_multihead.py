@@ -77,6 +77,7 @@ PRESETS = {
         latent_dim=128, num_samples=128, num_elites=16, num_pi_trajs=8, batch_size=128, reanalyze_batch_size=10,
     ),
 }  # fmt: skip
+SCRIPT = Path(__file__).name + ", format 2"  # of checkpoints; those of another are not read
 TRY_AGAIN = 75  # exit code of a run that was asked to stop: the same command continues it
 
 
@@ -105,7 +106,7 @@ class Args:
     """BMPC: a planner over a learned world model, and a policy bootstrapped from it."""
 
     # --- experiment
-    exp_name: Name = os.path.basename(__file__).removesuffix(".py")
+    exp_name: Name = Path(__file__).stem
     """name of the experiment, part of the run directory's name"""
     run_name: Name = ""
     """a further part of the run directory's name, to keep runs with other flags apart"""
@@ -409,8 +410,8 @@ def inspect_task(args):
         env = make_env(args)
     except Exception as e:  # whatever a constructor may raise
         raise e if isinstance(e, Refused) else Refused(f"{args.env_id} cannot be made: {first_line(e)}") from e
-    limit = env.spec.max_episode_steps  # dm_control keeps its own, in simulator steps
-    limit = limit or getattr(getattr(env.unwrapped, "_env", None), "_step_limit", math.inf)
+    own = getattr(env.unwrapped, "_env", None)  # dm_control keeps its limit to itself, in simulator steps
+    limit = env.spec.max_episode_steps or getattr(own, "_step_limit", math.inf)
     length = math.ceil(limit / args.action_repeat) if math.isfinite(limit) else None
     return TaskInfo(env.observation_space.shape[0], env.action_space.shape[0], length)
 
@@ -451,7 +452,7 @@ class Envs(AsyncVectorEnv):
             return obs
         seeds = [make_seed(self.seed, *name) for name in episodes]
         with simulating():
-            first, _ = super().reset(seed=seeds, options={"reset_mask": mask.copy()})
+            first, _ = super().reset(seed=seeds, options={"reset_mask": mask})
         return np.where(mask[:, None], self.finite(first), obs)
 
     call = simulating()(AsyncVectorEnv.call)
@@ -685,11 +686,12 @@ class ReplayBuffer:
 
     def __init__(self, args, task, device):
         E, A = args.num_envs, task.action_dim
-        C = max(args.horizon + 2, min(args.buffer_size // E, math.ceil(args.total_timesteps / E)))  # what the run needs
+        C = min(args.buffer_size // E, math.ceil(args.total_timesteps / E))  # what the run needs
         self.horizon, self.capacity = args.horizon, C
         self.widths = [task.obs_dim, A, 2 * A, 1, 1, task.obs_dim]  # in the order of Batch
         self.rows = torch.from_numpy(np.zeros((C, E, sum(self.widths)), np.float32)).to(device)  # lazily on a CPU
-        self.begins, self.windows = np.zeros((C, E), bool), np.zeros(0, np.int64)  # whether one does; those that do
+        self.begins = np.zeros((C, E), bool)  # whether a window does, at each row
+        self.windows = np.zeros(0, np.int64)  # the rows at which one does
         self.age = np.zeros(E, np.int64)  # decisions of the episodes under way
         self.step = 0  # steps stored so far
 
@@ -707,7 +709,7 @@ class ReplayBuffer:
         self.age += 1
         self.step += 1
         self.begins[(self.step - self.horizon) % self.capacity] = self.age >= self.horizon
-        self.windows = np.flatnonzero(self.begins[: self.step])  # here, as several updates follow a step
+        self.windows = np.flatnonzero(self.begins)  # here, as several updates follow a step
         self.age[ended] = 0
 
     def sample(self, u):
@@ -764,25 +766,6 @@ def draw_plan(args, states, action_dim, horizon, generator):
     return PlanDraws(proposals, samples, uniform, normal(action_dim))
 
 
-def propose(model, policy, z, eps, args):
-    """Sequences of the policy, z (S, L), eps (S, P, T, A) -> (S, P, T, A), and what `imagine` expects of them."""
-    actions = []
-
-    def act(t, z):
-        actions.append(sample_action(policy, z[0], eps[:, :, t], args))  # (S, P, A)
-        return actions[t][None]
-
-    expected = imagine(model, z[None, :, None], act, eps.shape[2], model.value, args)
-    return torch.stack(actions, 2), expected
-
-
-def estimate_return(model, z, actions, args):
-    """`imagine` with action sequences: z (S, L), actions (S, N, T, A) -> (H, S, N), (Q, H, S, N)."""
-    steps = actions.movedim(2, 0).contiguous()  # (T, S, N, A)
-    chosen = lambda t, z: steps[None, t]  # (1, S, N, A)
-    return imagine(model, z[None, :, None], chosen, len(steps), model.value, args)  # at t = 0 all share z
-
-
 def score(rewards, values, std_coef):
     """[V4] Scores of candidates, -1e9 where not finite, and the heads' spread: (H, S, N), (Q, H, S, N) -> (2, S, N)."""
     returns = rewards.mean(0) + values.mean((0, 1))
@@ -801,13 +784,15 @@ def refine(model, z, mean, std, proposals, proposal_scores, noise, args, std_coe
     """
     # Sample action sequences and score them
     samples = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # (S, N-P, T, A)
-    sample_scores = score(*estimate_return(model, z, samples, args), std_coef)  # (2, S, N-P) [V4]
-    scores, spread = torch.cat([proposal_scores, sample_scores], 2)  # (S, N)
+    steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A)
+    chosen = lambda t, z: steps[None, t]  # (1, S, N-P, A)
+    expected = imagine(model, z[None, :, None], chosen, len(steps), model.value, args)  # at t = 0 all share z
+    scores, spread = torch.cat([proposal_scores, score(*expected, std_coef)], 2)  # (S, N) [V4]
     actions = torch.cat([proposals, samples], 1)  # (S, N, T, A)
 
     # Elites and their weights
     elite_scores, elite = scores.topk(args.num_elites, dim=1)
-    elites = actions.gather(1, elite[:, :, None, None].expand(-1, -1, *actions.shape[2:]))
+    elites = actions.take_along_dim(elite[:, :, None, None], 1)  # (S, num_elites, T, A)
     weights = torch.softmax(args.temperature * (elite_scores - elite_scores[:, :1]), 1)
 
     # Mean and std of the weighted elites
@@ -830,8 +815,14 @@ def plan(model, policy, obs, mean, draws, args, std_coef):  # [V4] who plans say
     obs (S, O); mean (S, T, A): the previous plan's, shifted, or zero. The same function acts, evaluates and reanalyzes.
     """
     # Policy proposals: candidates of every iteration, scored once
-    z, std = model.encoder(obs), torch.full_like(mean, args.max_std)  # (S, L), (S, T, A)
-    proposals, expected = propose(model, policy, z, draws.proposals, args)
+    z, std, proposed = model.encoder(obs), torch.full_like(mean, args.max_std), []  # (S, L), (S, T, A)
+
+    def follow_policy(t, z):
+        proposed.append(sample_action(policy, z[0], draws.proposals[:, :, t], args))  # (S, P, A)
+        return proposed[t][None]
+
+    expected = imagine(model, z[None, :, None], follow_policy, mean.shape[1], model.value, args)
+    proposals = torch.stack(proposed, 2)  # (S, P, T, A)
     proposal_scores = score(*expected, std_coef)  # (2, S, P) [V4]
 
     for noise in draws.samples.unbind(1):
@@ -847,11 +838,16 @@ def plan(model, policy, obs, mean, draws, args, std_coef):  # [V4] who plans say
     return Plan(action, first, elites[:, 0, 0], mean, std[:, 0], value, report)  # [V3]
 
 
-def plan_in_chunks(plan, model, policy, obs, mean, draws, args, std_coef):  # [V4]
-    """`plan`, compiled or not; on a CPU in chunks: about 2048 rollouts, and what is made of them, fit its cache."""
+def plan_in_chunks(plan, model, policy, obs, mean, generator, args, std_coef):  # [V4]
+    """`plan`, compiled or not, with draws of the torch.Generator given.
+
+    On a CPU in chunks: about 2048 rollouts, and what is made of them, fit its cache.
+    """
+    S, T, A = mean.shape
     rollouts = args.num_samples * args.planner_num_dynamics_heads  # [V2]
-    states = len(obs) if obs.device.type != "cpu" else max(1, 2048 // rollouts)  # [V2]
-    pieces = [x.tensor_split(math.ceil(len(obs) / states)) for x in (obs, mean, *draws)]
+    states = S if obs.device.type != "cpu" else max(1, 2048 // rollouts)  # [V2]
+    draws = draw_plan(args, S, A, T, generator)
+    pieces = [x.tensor_split(math.ceil(S / states)) for x in (obs, mean, *draws)]
     if obs.is_cuda:  # the next replay of a CUDA graph overwrites what this one returns: torch.cat copies it
         torch.compiler.cudagraph_mark_step_begin()
     piece = lambda obs, mean, *draws: plan(model, policy, obs, mean, PlanDraws(*draws), args, std_coef)  # [V4]
@@ -860,7 +856,7 @@ def plan_in_chunks(plan, model, policy, obs, mean, draws, args, std_coef):  # [V
 
 def shift(mean):
     """Where the next step's plans start, zero at the end: (S, T, A) -> (S, T, A)."""
-    return torch.cat([mean[:, 1:], torch.zeros_like(mean[:, :1])], 1)
+    return F.pad(mean[:, 1:], (0, 0, 0, 1))
 
 
 def make_expert(planned, chosen, args):
@@ -877,17 +873,14 @@ def act_randomly(args, action_dim, generator):
 @torch.no_grad()
 def act(plan, model, obs, mean, args, generator):
     """Plans on obs (E, O), starting from mean (E, T, A). Returns action (E, A), expert (E, 2, A), mean; metrics."""
-    E, T, A = mean.shape
-    noise = draw_plan(args, E, A, T, generator("act"))
     coef = args.planner_value_std_coef_train  # [V4]
-    acting = plan_in_chunks(plan, model, model.policy, obs, mean, noise, args, coef)
+    acting = plan_in_chunks(plan, model, model.policy, obs, mean, generator("act"), args, coef)
     expert = make_expert(acting, acting.action if args.chosen_action_noise else acting.elite, args)
     if not args.initial_expert_from_behavior:
-        noise = draw_plan(args, E, A, T, generator("expert"))
-        separate = plan_in_chunks(plan, model, model.policy, obs, torch.zeros_like(mean), noise, args, coef)  # [V4]
+        start = torch.zeros_like(mean)
+        separate = plan_in_chunks(plan, model, model.policy, obs, start, generator("expert"), args, coef)  # [V4]
         expert = make_expert(separate, separate.elite, args)
     metrics = {"planner/elite_std": acting.std.mean(), "planner/value": acting.value.mean()}
-    metrics["planner/executed_minus_mean"] = (acting.action - acting.mean[:, 0]).abs().mean()
     if args.planner_num_dynamics_heads > 1:  # [V3]
         names = ("planner/return_disagreement", "planner/bonus_share", "planner/proposal_share")
         metrics |= dict(zip(names, acting.report.mean(0), strict=True))
@@ -937,10 +930,8 @@ def world_model_loss(model, batch, draws, args):
     Returns the loss, the rollout's states without gradient (T, B, L) and metrics.
     """
     T, lam = args.horizon, rho_weights(args, batch.reward)
-    true_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
     first = model.encoder(batch.obs[0])  # (B, L)
-    with torch.set_grad_enabled(true_needs_grad and torch.is_grad_enabled()):
-        z_true = torch.cat([first[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
+    z_true = torch.cat([first[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
 
     # Rollout: z_0 is encoded, the rest predicted
     zs = [first[None]]  # (1, B, L), then (H, B, L)
@@ -964,21 +955,16 @@ def world_model_loss(model, batch, draws, args):
     value_logits = model.value(start[None], keep=keep)  # (Q, T, B, K)
     value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
-    terms = [
-        ("consistency", args.consistency_coef, consistency),
-        ("reward", args.reward_coef, reward),
-        ("value", args.value_coef, value),
-    ]
+    losses = {"consistency": consistency, "reward": reward, "value": value}  # (T,) each
     if args.episodic:
         logits = model.termination(predicted).squeeze(-1)  # (T, H, B)
         ended = batch.terminated[:, None].expand_as(logits)
-        termination = F.binary_cross_entropy_with_logits(logits, ended, reduction="none").mean((1, 2))
-        terms += [("termination", args.termination_coef, termination)]
+        losses["termination"] = F.binary_cross_entropy_with_logits(logits, ended, reduction="none").mean((1, 2))
     if args.encoder_consistency_coef > 0:
-        reverse = (predicted.detach() - z_true[1:, None]).square().mean((1, 2, 3))
-        terms += [("encoder_consistency", args.encoder_consistency_coef, reverse)]
-    total = sum(coef * (lam * loss).sum() for _, coef, loss in terms)
-    metrics = {f"losses/{name}": (lam * loss).sum().detach() for name, _, loss in terms}
+        losses["encoder_consistency"] = (predicted.detach() - z_true[1:, None]).square().mean((1, 2, 3))
+    losses = {name: (lam * loss).sum() for name, loss in losses.items()}
+    total = sum(getattr(args, f"{name}_coef") * loss for name, loss in losses.items())
+    metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
     metrics |= {"losses/total": total.detach(), "losses/td_target": y.mean()}
     if args.num_rollouts > 1:
         metrics["losses/td_target_std_over_rollouts"] = y.std(1).mean()
@@ -989,23 +975,21 @@ def world_model_loss(model, batch, draws, args):
 
 def update_kl_scale(scale, kl):
     """S + 0.01 (max(p95 - p5, 1) - S) of the KLs (B,) at t = 0 (the spread TD-MPC2 divides its Q-values by)."""
-    kl, percentiles = kl.detach().sort().values, []
-    for share in (0.05, 0.95):  # as torch.quantile, which not every version of torch can trace
-        place = share * (len(kl) - 1)
-        percentiles.append(torch.lerp(kl[math.floor(place)], kl[math.ceil(place)], place % 1))
-    return torch.lerp(scale, (percentiles[1] - percentiles[0]).clamp(min=1.0), 0.01)
+    kl, last = kl.detach().sort().values, len(kl) - 1  # torch.quantile is not traced by every version of torch
+    at = lambda place: torch.lerp(kl[math.floor(place)], kl[math.ceil(place)], place % 1)
+    return torch.lerp(scale, (at(0.95 * last) - at(0.05 * last)).clamp(min=1.0), 0.01)
 
 
 def policy_loss(model, z, expert, args):
     """KL(policy || expert) / S at the rollout's states z (T, B, L), expert (T, B, 2, A) (BMPC: expert imitation).
 
-    Returns the loss, the new S and metrics.
+    If asked, with the policy's entropy and its distance from its average. Returns the loss, the new S and metrics.
     """
     lam = rho_weights(args, z)
-    reduce = (lambda kl: kl.mean(-1)) if args.kl_reduction == "mean" else (lambda kl: kl.sum(-1))
+    reduce = torch.mean if args.kl_reduction == "mean" else torch.sum
     mean, std = policy_gaussian(model.policy, z, args)  # (T, B, A)
     expert_std = (expert[:, :, 1] * args.expert_std_scale).clamp(min=args.expert_std_min)
-    kl = reduce(gaussian_kl(mean, std, expert[:, :, 0], expert_std))  # (T, B)
+    kl = reduce(gaussian_kl(mean, std, expert[:, :, 0], expert_std), -1)  # (T, B)
     scale = update_kl_scale(model.kl_scale, kl[0])
     loss = (lam * kl.mean(1)).sum() / scale
     entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean(1)  # (T,)
@@ -1013,9 +997,8 @@ def policy_loss(model, z, expert, args):
         loss = loss - args.entropy_coef * mean.shape[-1] * (lam * entropy).sum()
     metrics = {"losses/kl": kl.detach().mean(), "losses/kl_scale": scale, "losses/entropy": entropy.detach().mean()}
     if args.policy_trust_region_coef > 0:
-        with torch.no_grad():
-            ema_mean, ema_std = policy_gaussian(model.ema_policy, z, args)
-        trust = (lam * reduce(gaussian_kl(ema_mean, ema_std, mean, std)).mean(1)).sum() / scale
+        ema_mean, ema_std = policy_gaussian(model.ema_policy, z, args)
+        trust = (lam * reduce(gaussian_kl(ema_mean, ema_std, mean, std), -1).mean(1)).sum() / scale
         loss = loss + args.policy_trust_region_coef * trust
         metrics["losses/trust_region"] = trust.detach()
     return loss, scale, metrics | {"losses/policy": loss.detach()}
@@ -1073,11 +1056,12 @@ def compiled(args, device):
         say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
+    torch._dynamo.callback.callback_handler.clear()
     torch._dynamo.callback.on_compile_start(lambda about: say("compiling ..."))  # at first calls, up to a minute
     torch._dynamo.callback.on_compile_end(lambda about: say("compiled"))
     on_cuda = device.type == "cuda"  # where a launch costs most: independent kernels in one, no copies out of padding
-    options = {"combo_kernels": on_cuda, "comprehensive_padding": False}
-    options |= {"triton.cudagraphs": args.cudagraphs and on_cuda}
+    graphs = on_cuda and args.cudagraphs
+    options = {"combo_kernels": on_cuda, "comprehensive_padding": False, "triton.cudagraphs": graphs}
     return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in Functions()))
 
 
@@ -1089,11 +1073,10 @@ def reanalyze(plan, model, buffer, batch, args, generator):
     """
     W, T = args.reanalyze_batch_size, args.horizon
     obs, place = batch.obs[:, :W].flatten(0, 1), batch.place[:, :W].flatten()  # (T * W, O), (T * W,)
-    draws = draw_plan(args, T * W, batch.action.shape[-1], args.reanalyze_horizon, generator("reanalyze"))
-    start = torch.zeros_like(draws.samples[:, 0, 0])
+    start = obs.new_zeros(T * W, args.reanalyze_horizon, batch.action.shape[-1])
     wider = dataclasses.replace(args, log_std_min=args.reanalyze_log_std_min, log_std_max=args.reanalyze_log_std_max)
     coef = args.reanalyze_value_std_coef  # [V4]
-    new = plan_in_chunks(plan, model, model.policy, obs, start, draws, wider, coef)
+    new = plan_in_chunks(plan, model, model.policy, obs, start, generator("reanalyze"), wider, coef)
     rows = buffer.rows.flatten(0, 1)
     renewed = rows[place]
     buffer.columns(renewed).expert.copy_(make_expert(new, new.elite, args))  # (T * W, 2, A)
@@ -1145,7 +1128,7 @@ def play(run, envs, planning, stop, film):
     """
     args, model, W = run.args, run.model, envs.num_envs
     mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
-    generator = make_generator(args.seed, f"eval {run.global_step}", mean.device)
+    generator = make_generator(args.seed, f"evaluation {run.global_step}", mean.device)
     progress = Bar(f"evaluating {'planner' if planning else 'policy alone'}, decisions")
     obs, ended = 0.0, episode >= 0
     while (playing := episode < args.eval_episodes).any():
@@ -1156,9 +1139,8 @@ def play(run, envs, planning, stop, film):
             film.append(envs.call("picture")[0])
         seen = to_device(obs, mean.device)
         if planning:
-            draws = draw_plan(args, W, mean.shape[2], args.horizon, generator)
             coef = args.planner_value_std_coef_eval  # [V4]
-            acting = plan_in_chunks(run.functions.plan, model, model.policy, seen, mean, draws, args, coef)
+            acting = plan_in_chunks(run.functions.plan, model, model.policy, seen, mean, generator, args, coef)
             action, mean = acting.elite if args.eval_sample_elite else acting.best, shift(acting.mean)
         else:
             action, _ = policy_gaussian(model.policy, model.encoder(seen), args)
@@ -1216,7 +1198,10 @@ class Run:
         self.global_step, self.pretrained, self.updates = 0, 0, 0
 
     def generator(self, name):
-        """Random numbers for one purpose: a function of the seed and of where the run is, never a state to keep."""
+        """The torch.Generator of a purpose, by the seed and by where the run is: there is no state to keep.
+
+        Asked for twice at one place, it gives the same numbers twice.
+        """
         where = f"{name} {self.global_step} {self.pretrained} {self.updates}"
         return make_generator(self.args.seed, where, self.obs.device)
 
@@ -1240,7 +1225,7 @@ class Run:
     def state_dict(self):
         """Everything that the future of the run depends on."""
         return {
-            "script": os.path.basename(__file__),
+            "script": SCRIPT,
             "args": dataclasses.asdict(self.args),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -1257,8 +1242,8 @@ class Run:
             optimizer.load_state_dict(saved)
         self.buffer.load_state_dict(state["buffer"])
         self.metrics = {names: (x.to(self.obs.device), n) for names, (x, n) in state["metrics"].items()}
-        for name, x in state["progress"].items():  # an older script may have kept more
-            setattr(self, name, x.to(getattr(self, name, x).device) if isinstance(x, Tensor) else x)
+        for name, x in state["progress"].items():
+            setattr(self, name, x.to(getattr(self, name).device) if isinstance(x, Tensor) else x)
 
 
 def save_checkpoint(run, directory):
@@ -1282,8 +1267,8 @@ def read_checkpoint(directory):
             if archive.testzip() is not None:
                 raise ValueError("its checksums do not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != os.path.basename(__file__):
-            raise ValueError(f"it was written by {state['script']}")
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it was written by {state['script']}, and this is {SCRIPT}")
         Args(**state["args"])
         return state
     except Exception as e:  # a damaged file can raise anything
@@ -1372,9 +1357,9 @@ def open_directory(args):
     describe = "git describe --always --exclude='*' --abbrev=40 --dirty=+changes 2>/dev/null"
     where = shlex.quote(str(Path(__file__).parent))
     failed, commit = subprocess.getstatusoutput(f"cd {where} && {describe}")  # where there is no git, or no repository
-    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "python": sys.version.split()[0]}
-    start["git_commit"] = None if failed else commit
-    start |= {package.name: package.version for package in importlib.metadata.distributions()}
+    versions = {package.name: package.version for package in importlib.metadata.distributions()}
+    versions |= {"python": sys.version.split()[0], "git_commit": None if failed else commit}
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv} | versions
     write_json(starts, (json.loads(starts.read_text()) if starts.exists() else []) + [start])
     return directory, state
 
@@ -1538,8 +1523,7 @@ def train(run, envs, eval_envs, log, stop, directory):
             since, clock = run.global_step, time.perf_counter()
         if done:
             log.flush()
-            end = {"global_step": run.global_step, "total_timesteps": args.total_timesteps}
-            write_json(directory / "finished.json", end)
+            write_json(directory / "finished.json", {"total_timesteps": args.total_timesteps})
             return 0
 
         # Act: random actions in warm-up, then the planner
@@ -1717,7 +1701,7 @@ def main(argv=None):
     except (Refused, Failed, OSError, MemoryError, torch.OutOfMemoryError) as e:
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
             e = "the memory is full; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
-        print(f"{os.path.basename(__file__)}: error: {e}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, Refused) else 1
     finally:
         for worker in multiprocessing.active_children():

@@ -111,10 +111,9 @@ def test_plans_in_chunks_equal_plans_at_once_under_the_same_draws(double):
     model = make_model(args)
     z = torch.randn(7, 4, generator=generator(1))
     previous = 0.5 * torch.randn(7, 3, 2, generator=generator(2))
-    draws = bmpc.draw_plan(args, 7, 2, 3, generator(3))
-    whole = plan(model, z, previous, draws, args)
+    whole = plan(model, z, previous, bmpc.draw_plan(args, 7, 2, 3, generator(3)), args)
     spy = lambda *given: seen.append(len(given[2])) or bmpc.plan(*given)
-    chunked = bmpc.plan_in_chunks(spy, model, model.policy, z, previous, draws, args)
+    chunked = bmpc.plan_in_chunks(spy, model, model.policy, z, previous, generator(3), args)
     assert sum(seen) == 7 and max(seen) == 3
     for name, a, b in zip(bmpc.Plan._fields, whole, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)

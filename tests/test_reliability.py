@@ -328,6 +328,7 @@ DAMAGES = {  # of single bits, and of what is cut off, test_fuzz.py knows
     "another zip": lambda path: zipfile.ZipFile(path, "w").writestr("readme", "nothing"),
     "other tensors": lambda path: torch.save({"state_dict": {"weight": torch.zeros(3)}}, path),
     "another script": lambda path: torch.save(checkpoint(path) | {"script": "other.py"}, path),
+    "an older format": lambda path: torch.save(checkpoint(path) | {"script": "bmpc.py"}, path),
     "a command": lambda path: torch.save(checkpoint(path) | {"script": Command(path.parent / "ran")}, path),
     "a pickled command": lambda path: path.write_bytes(pickle.dumps(Command(path.parent / "ran"))),
 }

@@ -16,7 +16,7 @@ import bmpc
 TAGS = set(  # what a run promises to log
     "charts/episodic_return charts/episodic_length charts/SPS losses/consistency losses/reward losses/value "
     "losses/policy losses/total losses/td_target losses/kl losses/kl_scale losses/entropy losses/grad_norm "
-    "losses/policy_grad_norm planner/elite_std planner/value planner/executed_minus_mean eval/episodic_return "
+    "losses/policy_grad_norm planner/elite_std planner/value eval/episodic_return "
     "eval/policy_episodic_return".split()
 )
 CARTPOLE = "--action-repeat 50 --learning-starts 30 --steps 110 --eval-freq 65 --log-freq 25 --checkpoint-freq 40"
@@ -54,7 +54,7 @@ def test_a_run_reaches_its_updates_its_reanalyses_and_its_checkpoints_and_says_w
     progress, means = state["progress"], runs.column(state, 2)[:15, :, : state["progress"]["mean"].shape[2]]
     assert (progress["global_step"], progress["pretrained"], progress["updates"]) == (110, 30, 80)
     assert (means != 0).any()  # reanalyze gave warm-up rows, N(0, 1) at first, others
-    assert json.loads((directory / "finished.json").read_text())["global_step"] == 110
+    assert json.loads((directory / "finished.json").read_text()) == {"total_timesteps": 110}
     assert re.findall(r"checkpoint at (\d+)", run.said()) == ["0", "40", "80", "110"]
     assert not re.search("^warning|error|Traceback", run.warned(), re.MULTILINE)  # of its own; dm_control has some
     told = ("dm_control/cartpole-swingup-v0", "cpu", "episode 0: return", "step 110: evaluation: planner")

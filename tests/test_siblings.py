@@ -28,9 +28,9 @@ TAG = re.compile(r"\[V(\d+)\]")
 SEAMS = {
     "bmpc_multihead.py": {
         1: (0, 0, 15),
-        2: (2, 3502345895, 4),
+        2: (2, 2868121289, 4),
         3: (2, 1816671605, 13),
-        4: (14, 980358957, 23),
+        4: (14, 2022947812, 22),
         5: (2, 3984167134, 6),
         6: (1, 2556081624, 4),
         7: (0, 0, 2),
@@ -40,8 +40,8 @@ SEAMS = {
         9: (0, 0, 14),
         10: (1, 1481454297, 10),
         11: (3, 3505078628, 5),
-        12: (4, 1655407613, 19),
-        13: (5, 2782484535, 21),
+        12: (4, 3622773218, 16),
+        13: (5, 1417058285, 21),
     },
 }
 
@@ -135,7 +135,7 @@ def size(script: str) -> dict[str, int]:
     }
 
 
-BUDGETS = {"lines": 1669, "statements": 1022, "tokens": 13571, "functions and classes": 119, "longest function": 59}
+BUDGETS = {"lines": 1654, "statements": 1011, "tokens": 13302, "functions and classes": 117, "longest function": 58}
 
 
 def test_the_base_stays_small():

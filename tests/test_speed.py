@@ -297,8 +297,8 @@ def test_what_a_replay_returns_is_kept_before_the_next():
         return bmpc.Plan(rows, rows, rows, rows[:, None], rows, rows[:, 0])
 
     args = small_args()
-    draws = bmpc.draw_plan(args, 6, 2, 3, generator())
-    once = lambda: bmpc.plan_in_chunks(replayed, None, None, torch.zeros(6, 4), torch.zeros(6, 3, 2), draws, args)
+    given = replayed, None, None, torch.zeros(6, 4), torch.zeros(6, 3, 2), generator(), args
+    once = lambda: bmpc.plan_in_chunks(*given)
     first, second = once(), once()
     assert [set(x.flatten().tolist()) for x in (*first, *second)] == [{1.0}] * 6 + [{2.0}] * 6
 
