@@ -959,8 +959,10 @@ def world_model_loss(model, batch, draws, args):
     Returns the loss, the rollout's states without gradient (T, B, L) and metrics.
     """
     T, lam = args.horizon, rho_weights(args, batch.reward)
+    true_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
     first = model.encoder(batch.obs[0])  # (B, L)
-    z_true = torch.cat([first[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
+    with torch.set_grad_enabled(true_needs_grad and torch.is_grad_enabled()):
+        z_true = torch.cat([first[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
 
     # Rollout: z_0 is encoded, the rest predicted
     zs = [first[None]]  # (1, B, L), then (H, B, L)
