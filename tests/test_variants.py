@@ -134,6 +134,23 @@ def test_extra_draws_come_where_they_are_needed_and_leave_the_shared_ones(heads,
     assert len(mine.td) == (heads if extra else 1) and (not extra or not torch.equal(mine.td[0], mine.td[1]))
 
 
+@pytest.mark.parametrize("script", [bmpc, bmpc_multihead, bmpc_dual_policy], ids=lambda script: script.__name__)
+def test_no_numbers_are_drawn_twice(tmp_path, monkeypatch, script):
+    """A generator asked for twice at one place would give the same ones: every purpose has a name of its own."""
+    own = {} if script is bmpc else ONE if script is bmpc_multihead else TWO
+    asked, generator = [], script.Run.generator
+
+    def listen(run, name):
+        asked.append((name, run.global_step, run.pretrained, run.updates))
+        return generator(run, name)
+
+    monkeypatch.setattr(script.Run, "generator", listen)
+    whole(script, tmp_path, initial_expert_from_behavior=False, td_horizon=2, reanalyze_interval=2, **own)
+    wanted = {"act", "expert", "update", "reanalyze"} | ({"heads"} if own else set())
+    assert {name for name, *_ in asked} == wanted | ({"own expert", "optimistic"} if own is TWO else set())
+    assert len(set(asked)) == len(asked)
+
+
 def test_heads_and_policies_begin_different_and_disturb_no_shared_number(tmp_path):
     """Also in a whole run, which logs what two policies and two heads have to say, and one of each does not."""
     off, off_rows, _ = whole(bmpc_dual_policy, tmp_path / "off", **TWO | OFF)
