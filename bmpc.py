@@ -996,7 +996,8 @@ def compiled(args, device):
         return Functions()
     say("is there a compiler? ...")
     try:
-        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+        with warnings.catch_warnings(action="ignore"):  # torch's own deprecations, while its compiler is imported
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as e:
         say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
