@@ -1,7 +1,7 @@
 """BMPC once more: slow, in loops, written from the papers' formulas and the project's description, to be compared with.
 
 It shares nothing with bmpc.py but the weights: networks are recomputed from them head by head, distributions come from
-torch.distributions, Adam and the clip are written out, the planner is numpy on one state and one candidate at a time.
+torch.distributions, Adam and the clip are written out. The planner, made of the same parts, is in plain.py.
 """
 
 import copy
@@ -41,6 +41,11 @@ def gaussian(policy, z, args):
     return torch.tanh(m), torch.exp(low + (high - low) / 2 * (torch.tanh(s) + 1))
 
 
+def drawn(policy, z, eps, args):
+    mean, std = gaussian(policy, z, args)
+    return (mean + std * eps).clamp(-1, 1)
+
+
 def heads(args):
     return getattr(args, "planner_num_dynamics_heads", 1)
 
@@ -68,7 +73,7 @@ def two_hot(x, args):
 
 def scalar(logits, args):
     p = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
-    s = sum(p[..., k] * place for k, place in enumerate(bins(args)))
+    s = (p * p.new_tensor(bins(args))).sum(-1)
     return torch.sign(s) * (torch.exp(s.abs()) - 1)
 
 
@@ -85,19 +90,20 @@ def weights(args):
 
 
 @torch.no_grad()
-def imagined(model, policy, head, z, eps, args):
-    """The target of each value head by one trajectory of dynamics head `head` from z (B, L), eps (td_horizon, B, A)."""
-    y, alive, gamma = torch.zeros(len(z)), torch.ones(len(z)), 1.0
-    for noise in eps:
-        mean, std = gaussian(policy, z, args)
-        za = torch.cat([z, (mean + std * noise).clamp(-1, 1)], -1)
+def imagined(model, head, z, inputs, act, values, args):
+    """Returns of one trajectory of dynamics head `head` from z (..., L), by each head of `values`: (Q, ...).
+
+    The action of step t is act(z, inputs[t]).
+    """
+    y, alive, gamma = 0.0, 1.0, 1.0
+    for x in inputs:
+        za = torch.cat([z, act(z, x)], -1)
         y = y + gamma * alive * scalar(network(model.reward, 0, za), args)
         z = network(model.dynamics, head, za)
         if args.episodic:
-            alive = alive * (torch.sigmoid(network(model.termination, 0, z)[:, 0]) <= 0.5)
+            alive = alive * (torch.sigmoid(network(model.termination, 0, z)[..., 0]) <= 0.5)
         gamma = gamma * args.discount
-    values = [scalar(network(model.target_value, q, z), args) for q in range(args.num_q)]
-    return torch.stack([y + gamma * alive * value for value in values])
+    return torch.stack([y + gamma * alive * scalar(network(values, q, z), args) for q in range(args.num_q)])
 
 
 def td_targets(model, policy, z, eps, args):
@@ -106,7 +112,8 @@ def td_targets(model, policy, z, eps, args):
     All dynamics heads share the first action, and unless the bootstrap is local all value heads their mean.
     """
     of = lambda h: torch.cat([eps[0, :1], eps[min(h, len(eps) - 1), 1:]])
-    y = sum(imagined(model, policy, h, z, of(h), args) for h in range(heads(args))) / heads(args)
+    act = lambda z, eps: drawn(policy, z, eps, args)
+    y = sum(imagined(model, h, z, of(h), act, model.target_value, args) for h in range(heads(args))) / heads(args)
     return y if getattr(args, "local_td_bootstrap", False) else y.mean(0, keepdim=True).expand_as(y)
 
 
@@ -238,87 +245,3 @@ class Learner:
                 for x, y in zip(slow.parameters(), fast.parameters(), strict=True):
                     x.copy_((1 - tau) * x + tau * y)
         return {name: torch.as_tensor(value).item() for name, value in parts.items()}
-
-
-# --- planner
-
-
-class Simulator:
-    """A model and its policy as functions of one state and one action, both numpy vectors."""
-
-    def __init__(self, model, args):
-        self.model, self.args = model, args
-
-    def joined(self, z, a):
-        return torch.cat([torch.from_numpy(z), torch.from_numpy(a)])
-
-    def policy(self, z):
-        return [x.numpy() for x in gaussian(self.model.policy, torch.from_numpy(z), self.args)]
-
-    def dynamics(self, z, a, head=0):
-        return network(self.model.dynamics, head, self.joined(z, a)).numpy()
-
-    def reward(self, z, a):
-        return float(scalar(network(self.model.reward, 0, self.joined(z, a)), self.args))
-
-    def values(self, z):
-        logits = [network(self.model.value, q, torch.from_numpy(z)) for q in range(self.args.num_q)]
-        return np.array([float(scalar(x, self.args)) for x in logits])
-
-    def ends(self, z):
-        return float(torch.sigmoid(network(self.model.termination, 0, torch.from_numpy(z)))) > 0.5
-
-
-def estimates(sim, head, z, actions, args):
-    """The return of a sequence of actions with one dynamics head, by each value head."""
-    total, gamma = 0.0, 1.0
-    for a in actions:
-        total, z, gamma = total + gamma * sim.reward(z, a), sim.dynamics(z, a, head), gamma * args.discount
-        if args.episodic and sim.ends(z):
-            return np.full(args.num_q, total)
-    return total + gamma * sim.values(z)
-
-
-def rated(sim, z, actions, args, coef):
-    """A candidate's score, its spread over the heads, and itself."""
-    found = np.concatenate([estimates(sim, head, z, actions, args) for head in range(heads(args))])
-    score, spread = np.mean(found) + coef * np.std(found), np.std(found)
-    return (score, spread, actions) if np.isfinite(score) else (-1e9, 0.0, actions)
-
-
-def plan(sim, z, mean, proposals, samples, elite_uniform, noise, args, coef=0.0):
-    """One plan from z (L,), with previous mean (T, A) and its own draws, all numpy. Returns a dict of numpy arrays."""
-    candidates = []
-    for eps in proposals:  # (T, A): the policy's sequences, rolled through the model
-        state, sequence = z, []
-        for e in eps:
-            m, s = sim.policy(state)
-            sequence.append(np.clip(m + s * e, -1, 1))
-            state = sim.dynamics(state, sequence[-1])
-        candidates.append((*rated(sim, z, np.array(sequence), args, coef), True))
-    std = np.full_like(mean, args.max_std)
-    for eps in samples:  # an iteration
-        tried = [np.clip(mean + std * e, -1, 1) for e in eps]
-        ranked = candidates + [(*rated(sim, z, actions, args, coef), False) for actions in tried]
-        scores, spreads, elites, proposed = zip(*sorted(ranked, key=lambda of: -of[0])[: args.num_elites], strict=True)
-        w = np.array([math.exp(args.temperature * (value - scores[0])) for value in scores])
-        w = w / w.sum()
-        mean = sum(wi * actions for wi, actions in zip(w, elites, strict=True))
-        std = np.sqrt(sum(wi * (actions - mean) ** 2 for wi, actions in zip(w, elites, strict=True)))
-        std = np.minimum(np.maximum(std, args.min_std), args.max_std)
-    with np.errstate(divide="ignore"):
-        chosen = int(np.argmax(np.log(w) - np.log(-np.log(elite_uniform))))
-    drawn, bonus = elites[chosen][0], coef * np.array(spreads)
-    return {
-        "action": np.clip(drawn + std[0] * noise, -1, 1),
-        "elite": drawn,
-        "best": elites[0][0],
-        "mean": mean,
-        "std": std[0],
-        "value": scores[chosen],
-        "report": [
-            np.mean(spreads),
-            np.mean(abs(bonus) / (abs(bonus) + abs(np.array(scores) - bonus))),
-            np.mean(proposed),
-        ],
-    }

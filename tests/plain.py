@@ -1,44 +1,30 @@
 """The planner as one would first write it: one batch, inputs concatenated, every candidate scored in every iteration.
 
 What bmpc.py does to be fast (the shared latent multiplied once, the proposals scored once, chunks that fit the cache,
-stacked heads) is absent here. `throughput.py --compare` times it, and a test holds bmpc.plan against it.
+stacked heads) is absent here. `throughput.py --compare` times it, and tests hold the scripts' plans against it.
 """
 
 import torch
-from oracle import gaussian, network
-
-import bmpc
-
-
-def returns(model, z, actions, args):
-    """z (S, L), actions (S, N, T, A) -> (S, N)."""
-    z = z[:, None].expand(-1, actions.shape[1], -1)
-    total, discount = 0.0, 1.0
-    for t in range(actions.shape[2]):
-        za = torch.cat([z, actions[:, :, t]], -1)
-        total = total + discount * bmpc.two_hot_inv(network(model.reward, 0, za), args)
-        z = network(model.dynamics, 0, za)
-        discount *= args.discount
-    values = torch.stack([network(model.value, q, z) for q in range(args.num_q)])
-    return total + discount * bmpc.two_hot_inv(values, args).mean(0)
+from oracle import drawn, heads, imagined, network
 
 
 @torch.no_grad()
-def plan(model, policy, obs, mean, draws, args):
-    """What bmpc.plan computes, for models with one dynamics head and no termination head."""
-    z, (_, P, T, _) = network(model.encoder, 0, obs), draws.proposals.shape
-    state, proposals = z[:, None].expand(-1, P, -1), []
-    for t in range(T):
-        m, std = gaussian(policy, state, args)
-        proposals.append((m + std * draws.proposals[:, :, t]).clamp(-1, 1))
-        state = network(model.dynamics, 0, torch.cat([state, proposals[t]], -1))
-    proposals = torch.stack(proposals, 2)
+def plan(model, policy, obs, mean, draws, args, coef=None):
+    """The fields of the scripts' Plan; the last one, of the heads' spread, only where that has a coefficient."""
+    z, (_, P, _, _) = network(model.encoder, 0, obs)[:, None], draws.proposals.shape
+    state, proposals = z.expand(-1, P, -1), []
+    for eps in draws.proposals.unbind(2):  # the policy's sequences, rolled through the model
+        proposals.append(drawn(policy, state, eps, args))
+        state = network(model.dynamics, 0, torch.cat([state, proposals[-1]], -1))
     std = torch.full_like(mean, args.max_std)
-    for i in range(draws.samples.shape[1]):
-        samples = (mean[:, None] + std[:, None] * draws.samples[:, i]).clamp(-1, 1)
-        actions = torch.cat([proposals, samples], 1)
-        scores = returns(model, z, actions, args).nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
-        best, elite = scores.topk(args.num_elites, 1)
+    for eps in draws.samples.unbind(1):
+        samples = (mean[:, None] + std[:, None] * eps).clamp(-1, 1)
+        actions = torch.cat([torch.stack(proposals, 2), samples], 1)  # (S, N, T, A)
+        start, given = z.expand(-1, actions.shape[1], -1), lambda z, a: a
+        each = [imagined(model, h, start, actions.unbind(2), given, model.value, args) for h in range(heads(args))]
+        spread = torch.cat(each).std(0, correction=0)
+        scores = torch.cat(each).mean(0) + (coef or 0.0) * spread
+        best, elite = scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9).topk(args.num_elites, 1)
         elites = torch.stack([a[e] for a, e in zip(actions, elite, strict=True)])
         w = torch.softmax(args.temperature * (best - best[:, :1]), 1)
         mean = torch.einsum("se,seta->sta", w, elites)
@@ -47,4 +33,9 @@ def plan(model, policy, obs, mean, draws, args):
     first = torch.stack([e[c, 0] for e, c in zip(elites, chosen, strict=True)])
     value = torch.stack([b[c] for b, c in zip(best, chosen, strict=True)])
     action = (first + std[:, 0] * draws.noise).clamp(-1, 1)
-    return bmpc.Plan(action, first, elites[:, 0, 0], mean, std[:, 0], value)
+    fields = [action, first, elites[:, 0, 0], mean, std[:, 0], value]
+    if coef is None:
+        return fields
+    spread = spread.gather(1, elite)
+    share = abs(coef * spread) / (abs(coef * spread) + abs(best - coef * spread))
+    return [*fields, torch.stack([spread, share, (elite < P) * 1.0], 2).mean(1)]
