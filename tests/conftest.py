@@ -132,18 +132,21 @@ class FakeEnvs:
 class FakePlanner:
     """Stands for `plan` and keeps what it was asked. State n's answer is n and a fraction that names the part."""
 
-    def __init__(self):
-        self.obs, self.previous, self.args, self.answers, self.states = [], [], [], [], 0
+    def __init__(self, script=bmpc):
+        self.script, self.obs, self.previous, self.policies, self.args, self.coefs = script, [], [], [], [], []
+        self.answers, self.states = [], 0
 
-    def __call__(self, model, policy, obs, mean, draws, args):
+    def __call__(self, model, policy, obs, mean, draws, args, *coef):
         S, T, A = mean.shape
         self.obs.append(obs.clone())
         self.previous.append(mean.clone())
+        self.policies.append(policy)
         self.args.append(args)
+        self.coefs += coef
         n = self.states + torch.arange(float(S))[:, None].expand(-1, A)
         self.states += S
-        new = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100
-        self.answers.append(bmpc.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0]))
+        new, report = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100, [torch.zeros(S, 3)] * len(coef)
+        self.answers.append(self.script.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0], *report))
         return self.answers[-1]
 
 

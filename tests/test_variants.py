@@ -1,4 +1,4 @@
-"""The siblings' own: who plans with which coefficient, whose experts are whose, what heads and policies leave alone.
+"""In all three scripts: who plans with which coefficient, whose experts are whose; what heads and policies leave alone.
 
 Their losses, updates and plans test_learning.py and test_planner.py hold against the oracle.
 """
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, make_model, named, small_args, start, stored
+from conftest import TASK, FakeEnvs, FakePlanner, generator, named, same, small_args, start
 from test_siblings import whole
 
 import bmpc
@@ -18,107 +18,110 @@ import bmpc_multihead
 ONE = dict(planner_num_dynamics_heads=2, planner_value_std_coef_train=0.5, reanalyze_value_std_coef=2.0)
 TWO = dict(dual_policy_enabled=True, planner_num_dynamics_heads=2, planner_value_std_coef_train=0.5)
 TWO |= dict(policy_value_std_coef=-0.25)
-OFF = dict(dual_policy_enabled=False, policy_value_std_coef=0.0)
-SCRIPTS = {False: (bmpc_multihead, ONE), True: (bmpc_dual_policy, TWO)}  # by whether there are two policies
-each = pytest.mark.parametrize("two", [False, True], ids=["multihead", "dual"])
+OWN = {bmpc: {}, bmpc_multihead: ONE, bmpc_dual_policy: TWO}
+each = pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
 
 
-class Spy:
-    """Stands for `plan` and keeps what it was asked and what it answered."""
-
-    def __init__(self, script):
-        self.script, self.coefs, self.policies, self.plans = script, [], [], []
-
-    def __call__(self, model, policy, obs, mean, draws, args, std_coef):
-        self.coefs.append(std_coef)
-        self.policies.append(id(policy))
-        self.plans.append(self.script.plan(model, policy, obs, mean, draws, args, std_coef))
-        return self.plans[-1]
-
-
-def begun(two, **flags):
-    """A script, and a run of it with large weights after 10 random decisions of each environment."""
-    script, own = SCRIPTS[two]
-    args, envs = small_args(script, **own | flags), FakeEnvs([5, 7])
-    run = start(args, envs, script=script)
-    run.model.load_state_dict(make_model(args, script=script).state_dict())
+def begun(script, **flags):
+    """A run after 10 random decisions of each environment, its planner, and its policies, the optimistic one last."""
+    args, envs = small_args(script, **OWN[script] | flags), FakeEnvs([5, 7])
+    planner = FakePlanner(script)
+    run = start(args, envs, script.Functions(plan=planner), script)
     for _ in range(10):
         acted = *script.act_randomly(args, TASK.action_dim, run.generator("act")), run.mean
         envs.step_async(acted[0].numpy())
         script.store(run, envs, *acted)
-    return script, run
+    return run, planner, [run.model.policy] + ([run.model.optimistic_policy] if script is bmpc_dual_policy else [])
+
+
+def part(answer, name):
+    return answer.mean[:, 0] if name == "mean" else getattr(answer, name)
 
 
 # --- who plans
 
 
-@each
-@pytest.mark.parametrize("initial", [True, False])
-def test_who_plans_to_act_and_whose_expert_is_stored(two, initial):
-    """With two policies the optimistic one; the pessimistic one's expert is a plan of its own."""
-    script, run = begun(two, initial_expert_from_behavior=initial)
-    warm_up = [[0.0] * 2, [1.0] * 2] * (1 + two)
-    assert stored(run.buffer).expert[:10].tolist() == [[warm_up] * 2] * 10
-    spy, model = Spy(script), run.model
-    (action, expert, mean), _ = script.act(spy, model, run.obs, run.mean, run.args, run.generator)
-    plans = 1 if initial else 2
-    acting = model.optimistic_policy if two else model.policy
-    assert spy.policies == [id(acting)] * plans + [id(model.policy)] * two
-    assert spy.coefs == [0.5] * plans + [-0.25] * two
-    assert torch.equal(action, spy.plans[0].action) and torch.equal(mean, spy.plans[0].mean)
-    first = spy.plans[plans - 1]
-    parts = [spy.plans[-1].elite, spy.plans[-1].std] * two
-    assert torch.equal(expert, torch.stack(parts + [first.action if initial else first.elite, first.std], 1))
+COLLECTION = [  # use_chosen_action, chosen_action_noise, from_behavior, the expert's mean
+    (True, True, True, "action"),  # the executed one
+    (True, False, True, "elite"),  # the drawn one
+    (False, True, True, "mean"),
+    (True, True, False, "elite"),  # of the separate plan: it has no noise
+    (False, True, False, "mean"),
+]
 
 
 @each
-def test_the_pessimistic_policy_evaluates_with_a_coefficient_of_its_own(two):
-    script, run = begun(two, planner_value_std_coef_eval=3.0)
-    spy = Spy(script)
-    run.functions = run.functions._replace(plan=spy)
+@pytest.mark.parametrize("chosen, noise, behavior, mean", COLLECTION)
+def test_who_plans_to_act_and_whose_expert_is_stored(script, chosen, noise, behavior, mean):
+    """With two policies the optimistic one acts; the pessimistic one's expert is a plan of its own.
 
-    def played(planning):
-        envs = FakeEnvs([5, 7])
-        script.play(run, envs, planning, [], [])
-        return [action.tolist() for action in envs.sent]
-
-    alone = played(planning=False)
-    assert not spy.plans and played(planning=True) != alone
-    assert set(spy.policies) == {id(run.model.policy)} and set(spy.coefs) == {3.0}
-    if two:
-        run.model.optimistic_policy.load_state_dict(run.model.policy.state_dict())
-        assert played(planning=False) == alone
+    No policy's average proposes, and no plan but the acting one has a previous one.
+    """
+    flags = dict(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise, initial_expert_from_behavior=behavior)
+    run, planner, (*pessimistic, acts) = begun(script, td_target_use_ema_policy=True, **flags)
+    two, given, plans = len(pessimistic), torch.rand(run.mean.shape, generator=generator()), 1 if behavior else 2
+    assert (run.buffer.columns(run.buffer.rows).expert[:10].mean((0, 1, 3)) == torch.tensor([0, 1] * (1 + two))).all()
+    (action, expert, after), told = script.act(planner, run.model, run.obs, given, run.args, run.generator)
+    assert planner.policies == [acts] * plans + pessimistic
+    assert planner.coefs == ([0.5] * plans + [-0.25] * two) * (script is not bmpc)
+    assert same(planner.previous, [given] + [0 * given] * (plans - 1 + two))
+    acting, first, own = (planner.answers[k] for k in (0, plans - 1, -1))
+    experts = [part(own, "elite" if chosen else "mean"), own.std] * two + [part(first, mean), first.std]
+    assert same([action, after, expert], [acting.action, acting.mean, torch.stack(experts, 1)])
+    of_heads = ["return_disagreement", "bonus_share", "proposal_share"] * (script is not bmpc)
+    names = ["elite_std", "value", *["pessimistic_proposal_share"] * two, *of_heads]
+    assert list(told) == [f"planner/{name}" for name in names]
 
 
 @each
-def test_reanalyze_rewrites_every_expert_of_the_sampled_rows_each_by_a_plan_of_its_own(two):
-    script, run = begun(two)
-    args = run.args
-    batch, spy = run.buffer.sample(np.random.default_rng(0).random(args.batch_size)), Spy(script)
-    given, old = batch.expert.clone(), stored(run.buffer).expert.clone()
-    script.reanalyze(spy, run.model, run.buffer, batch, args, named())
-    W, T = args.reanalyze_batch_size, args.horizon
-    half = len(spy.policies) // (1 + two)  # a plan may come in chunks
-    optimistic = [id(run.model.optimistic_policy)] * half if two else []
-    assert spy.policies == [id(run.model.policy)] * half + optimistic
-    assert spy.coefs == ([-0.25] * half + [0.5] * half if two else [2.0] * half)
-    rows, experts = batch.place[:, :W].flatten(), stored(run.buffer).expert.flatten(0, 1)
-    changed = (experts != old.flatten(0, 1)).any(-1)  # (rows, 2 or 4)
-    assert changed[rows].all() and changed.sum() == (2 + 2 * two) * len(rows.unique())
-    assert torch.equal(batch.expert[:, :W].flatten(0, 1), experts[rows])
-    assert torch.equal(batch.expert[:, W:], given[:, W:])
-    parts = [torch.cat([getattr(x, name) for x in spy.plans]).split(T * W) for name in ("elite", "std")]
-    wanted = torch.stack([part[k] for k in range(1 + two) for part in parts], 1)
-    for i, row in enumerate(rows):  # of a row that occurs twice one plan remains
-        assert any(torch.equal(experts[row], wanted[j]) for j in (rows == row).nonzero().flatten()), i
+def test_the_pessimistic_policy_evaluates_with_a_coefficient_of_its_own_alone_by_its_squashed_mean(script):
+    own = {} if script is bmpc else dict(planner_value_std_coef_eval=3.0)
+    run, planner, policies = begun(script, **own)
+    model, envs = run.model, FakeEnvs([5, 7])
+    obs = torch.from_numpy(envs.reset(np.ones(2, bool), [("eval", 0), ("eval", 1)]))
+    script.play(run, envs, False, [], [])
+    assert not planner.answers
+    torch.testing.assert_close(torch.from_numpy(envs.sent[0]), torch.tanh(model.policy(model.encoder(obs)))[:, :2])
+    script.play(run, envs, True, [], [])
+    assert set(planner.policies) == {policies[0]} and set(planner.coefs) == set(own.values())
 
 
-def test_scores_stay_finite():
-    rewards, values = torch.zeros(2, 1, 3), torch.zeros(3, 2, 1, 3)
-    values[0, 1, 0, 1], values[2, 0, 0, 2] = math.nan, math.inf
-    for coef in (0.0, 1.0, -1.0):
-        scores, spread = bmpc_multihead.score(rewards, values, coef)
-        assert scores.tolist() == [[0.0, -1e9, -1e9]] and torch.isfinite(spread).all()
+SOURCES = [({}, "elite"), (dict(chosen_action_noise=False), "elite"), (dict(reanalyze_use_chosen_action=False), "mean")]
+
+
+@each
+@pytest.mark.parametrize("source, mean", SOURCES)
+def test_reanalyze_rewrites_exactly_the_experts_of_the_sampled_rows_each_by_a_plan_of_its_own(script, source, mean):
+    """Of windows 0 to 2; of a row that occurs twice one plan remains, in the batch and in the buffer.
+
+    There is no previous plan; horizon and range of the policy's log std are reanalyze's.
+    """
+    limits = dict(reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2)
+    run, planner, policies = begun(script, **limits | source)
+    batch, rows = run.buffer.sample(np.array([0.1, 0.3, 0.15, 0.45, 0.9])), run.buffer.rows.flatten(0, 1)
+    given, wanted, place = batch.expert.clone(), rows.clone(), batch.place[:, :3].flatten().tolist()
+    assert len(set(place)) == 4  # windows 0 and 2 are the same, 1 begins a step later, 3 another one later
+    script.reanalyze(planner, run.model, run.buffer, batch, run.args, named())
+    assert planner.policies == policies
+    assert planner.coefs == {bmpc: [], bmpc_multihead: [2.0], bmpc_dual_policy: [-0.25, 0.5]}[script]
+    assert {(a.log_std_min, a.log_std_max) for a in planner.args} == {(-2.0, 0.5)}
+    assert same(planner.previous, [torch.zeros(9, 2, 2)] * len(policies))
+    found, wanted_experts = (run.buffer.columns(x).expert for x in (rows, wanted))
+    assert same(planner.obs, [run.buffer.columns(wanted).obs[place]] * len(policies))  # true observations
+    for row in place:
+        k = int(found[row, 0, 0])
+        assert place[k] == row
+        wanted_experts[row] = torch.stack([x[k] for plan in planner.answers for x in (part(plan, mean), plan.std)])
+    assert torch.equal(rows, wanted)
+    assert torch.equal(batch.expert, torch.cat([found[batch.place[:, :3]], given[:, 3:]], 1))
+
+
+@pytest.mark.parametrize("coef", [[], [0.0], [1.0], [-1.0]], ids=str)
+def test_scores_are_finite_and_lowest_where_a_return_is_not(coef):
+    rewards, values = torch.zeros(2, 1, 4), torch.zeros(3, 2, 1, 4)
+    values[0, 1, 0, 1], values[2, 0, 0, 2], values[1, :, 0, 3] = math.nan, math.inf, -math.inf
+    scores = (bmpc_multihead if coef else bmpc).score(rewards, values, *coef).view(-1, 4)
+    assert scores[0].tolist() == [0.0, -1e9, -1e9, -1e9] and scores.isfinite().all()  # and the spread over heads
 
 
 # --- what is shared stays
@@ -134,11 +137,10 @@ def test_extra_draws_come_where_they_are_needed_and_leave_the_shared_ones(heads,
     assert len(mine.td) == (heads if extra else 1) and (not extra or not torch.equal(mine.td[0], mine.td[1]))
 
 
-@pytest.mark.parametrize("script", [bmpc, bmpc_multihead, bmpc_dual_policy], ids=lambda script: script.__name__)
+@each
 def test_no_numbers_are_drawn_twice(tmp_path, monkeypatch, script):
     """A generator asked for twice at one place would give the same ones: every purpose has a name of its own."""
-    own = {} if script is bmpc else ONE if script is bmpc_multihead else TWO
-    asked, generator = [], script.Run.generator
+    own, asked, generator = OWN[script], [], script.Run.generator
 
     def listen(run, name):
         asked.append((name, run.global_step, run.pretrained, run.updates))
@@ -151,26 +153,14 @@ def test_no_numbers_are_drawn_twice(tmp_path, monkeypatch, script):
     assert len(set(asked)) == len(asked)
 
 
-def test_heads_and_policies_begin_different_and_disturb_no_shared_number(tmp_path):
-    """Also in a whole run, which logs what two policies and two heads have to say, and one of each does not."""
-    off, off_rows, _ = whole(bmpc_dual_policy, tmp_path / "off", **TWO | OFF)
-    on, on_rows, _ = whole(bmpc_dual_policy, tmp_path / "on", **TWO)
-    fresh, shared = (bmpc_dual_policy.Run(run.args, TASK, run.obs.device).model for run in (on, off))
-    state = fresh.state_dict()
-    assert all(torch.equal(x, state[name]) for name, x in shared.state_dict().items() if name != "kl_scale")
-    weights = [network.layers[-1].weight for network in (fresh.policy, fresh.optimistic_policy)]
-    assert weights[0].shape == weights[1].shape and (weights[0] != weights[1]).all()
-    assert fresh.optimistic_ema_policy is None and shared.optimistic_policy is None
-    assert all(not torch.equal(*layer.weight) for layer in fresh.dynamics.layers)
-    _, one_head, _ = whole(bmpc_multihead, tmp_path / "one head", planner_value_std_coef_train=1.0)
-    told = [{tag for _, _, tag, _ in rows} for rows in (one_head, off_rows, on_rows)]
-    of = lambda part, *names: {f"{part}/{name}" for name in names}
-    heads = of("planner", "return_disagreement", "bonus_share", "proposal_share") | of("losses", "latent_disagreement")
-    policies = of("losses", "kl_between_policies", "optimistic_policy", "optimistic_kl")
-    policies |= of("planner", "pessimistic_proposal_share")
-    assert [tags & (heads | policies) for tags in told] == [set(), heads, heads | policies]
-    above_zero = ("planner/return_disagreement", "losses/latent_disagreement", "losses/kl_between_policies")
-    assert all(value > 0 for _, _, tag, value in on_rows if tag in above_zero)
+def test_heads_and_policies_begin_different_and_disturb_no_shared_number():
+    of = lambda **flags: bmpc_dual_policy.WorldModel(TASK, small_args(bmpc_dual_policy, **flags), generator())
+    both, one = of(**TWO), of(planner_num_dynamics_heads=2)
+    state = both.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in one.state_dict().items() if name != "kl_scale")
+    first, second = (network.layers[-1].weight for network in (both.policy, both.optimistic_policy))
+    assert first.shape == second.shape and (first != second).all()
+    assert all(not torch.equal(*layer.weight) for layer in both.dynamics.layers)
 
 
 # --- arguments
