@@ -38,8 +38,8 @@ def small_args(script=bmpc, **changes):
     return script.Args(**given)
 
 
-def generator(seed=0, device="cpu"):
-    return torch.Generator(device).manual_seed(seed)
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def named(seed=0):
@@ -176,8 +176,3 @@ def run_loop(args, envs, directory, functions=None, script=bmpc):
 def same(a, b):
     """Whether two trees of tensors are equal bit for bit."""
     return runs.differences(a, b) == []
-
-
-def stored(buffer):
-    """The columns of a replay buffer, (step, E, ...)."""
-    return buffer.columns(buffer.rows)

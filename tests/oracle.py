@@ -182,7 +182,7 @@ def policy_loss(policy, ema, scale, z, expert, args):
     scale = scale + 0.01 * (max(high - low, 1.0) - scale)
     mean_over_time = lambda parts: sum(w * part.mean() for w, part in zip(lam, parts, strict=True))
     loss = mean_over_time(kls) / scale - args.entropy_coef * A * mean_over_time(entropies)
-    parts = {}
+    parts = {"kl": torch.stack(kls).mean(), "entropy": torch.stack(entropies).mean()}
     if trusts:
         parts["trust_region"] = mean_over_time(trusts) / scale
         loss = loss + args.policy_trust_region_coef * parts["trust_region"]
@@ -233,6 +233,9 @@ class Learner:
         total, z, parts = world_model_loss(m, batch, draws, args)
         follow = [(m.target_value, m.value, args.tau)]
         if not pretraining:  # on the model as the world model's loss saw it
+            drawn_from = [Normal(*gaussian(policy, torch.stack(z), args)) for _, policy, _ in self.policies]
+            if len(drawn_from) > 1:
+                parts["kl_between_policies"] = kl_divergence(drawn_from[1], drawn_from[0]).mean()
             for k, (name, policy, ema) in enumerate(self.policies):
                 expert = batch.expert[:, :, 2 * k : 2 * k + 2]
                 one, self.scales[k], more = policy_loss(policy, ema, self.scales[k], z, expert, args)

@@ -1,5 +1,5 @@
 """Learning: numbers and layers against loops and closed forms, every loss and weight of the three scripts against a
-second implementation; pretraining, reanalyze, random numbers.
+second implementation; whole runs and their order of events, random numbers.
 """
 
 import copy
@@ -24,7 +24,6 @@ from conftest import (
     same,
     small_args,
     start,
-    stored,
     train,
 )
 
@@ -51,25 +50,14 @@ def test_two_hot_and_its_inverse_equal_loops_over_values_and_bins(double, args):
     torch.testing.assert_close(bmpc.two_hot_inv(logits, args), oracle.scalar(logits, args), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("count", [1, 2, 9, 101, 256])
-def test_kl_scale_follows_the_spread_of_the_percentiles(double, count):
-    kl = 50 * torch.rand(count, generator=generator()) ** 1.5
-    spread = max(np.percentile(kl.numpy(), 95) - np.percentile(kl.numpy(), 5), 1.0)
-    assert float(bmpc.update_kl_scale(torch.tensor(7.0), kl)) == pytest.approx(7 + 0.01 * (spread - 7))
-
-
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
-def test_mish_has_one_value_and_gradient_compiled_and_eager(monkeypatch, dtype, close):
-    """The algebraic form that is compiled equals x tanh(softplus(x)) everywhere, also where exp would overflow."""
-    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([-1e4, 1e4])]).to(dtype).requires_grad_()
+def test_mish_as_it_is_compiled_has_the_value_and_gradient_of_mish(monkeypatch):
+    """Everywhere, also where exp would overflow."""
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([-1e4, 1e4])]).requires_grad_()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    algebraic = bmpc.mish(x)
-    monkeypatch.undo()
-    truth = x * torch.tanh(F.softplus(x))
-    for y in (algebraic, bmpc.mish(x)):
-        torch.testing.assert_close(y, truth, atol=close, rtol=close)
-        slopes = [torch.autograd.grad(v.sum(), x, retain_graph=True)[0] for v in (y, truth)]
-        torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-5)
+    algebraic, truth = bmpc.mish(x), x * torch.tanh(F.softplus(x))
+    torch.testing.assert_close(algebraic, truth, atol=2e-6, rtol=2e-6)
+    slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (algebraic, truth)]
+    torch.testing.assert_close(*slopes, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -88,65 +76,37 @@ def test_one_head_after_the_other_equals_the_stack_at_once_and_written_out_with_
             torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
 
 
-def test_networks_have_the_layers_and_widths_asked_for():
-    args = small_args(enc_dim=24, mlp_dim=20, latent_dim=16, num_enc_layers=4, num_q=5, episodic=True)
+def test_networks_have_the_widths_asked_for_and_begin_small_rewards_and_values_at_zero():
+    sizes = dict(enc_dim=72, mlp_dim=68, latent_dim=64, num_enc_layers=4, num_q=5)
+    args = small_args(episodic=True, td_target_use_ema_policy=True, **sizes)
     model = bmpc.WorldModel(TASK, args, generator())
-    widths = lambda net: [tuple(p.shape) for name, p in net.named_parameters() if name.endswith("weight")]
-    assert widths(model.encoder) == [(1, 4, 24), (1, 24, 24), (1, 24, 24), (1, 24, 16)]
-    assert widths(model.dynamics) == [(1, 18, 20), (1, 20, 20), (1, 20, 16)]
-    assert widths(model.reward) == [(1, 18, 20), (1, 20, 20), (1, 20, 101)]
-    assert widths(model.value) == widths(model.target_value) == [(5, 16, 20), (5, 20, 20), (5, 20, 101)]
-    assert widths(model.policy) == [(1, 16, 20), (1, 20, 20), (1, 20, 4)]
-    assert widths(model.termination) == [(1, 16, 20), (1, 20, 20), (1, 20, 1)]
-
-
-def test_weights_begin_small_and_the_heads_of_rewards_and_values_at_zero():
-    args = small_args(mlp_dim=128, latent_dim=128, enc_dim=128, num_q=4)
-    model = bmpc.WorldModel(TASK, args, generator())
-    for net in (model.encoder, model.dynamics, model.reward, model.value, model.policy):
-        for name, p in net.named_parameters():
-            if name.endswith("bias") or name.endswith("shift"):
-                assert (p == 0).all()
-            elif name.endswith("scale"):
-                assert (p == 1).all()
-            elif name == "layers.2.weight" and net in (model.reward, model.value):
-                assert (p == 0).all()
-            else:
-                assert p.detach().std().item() == pytest.approx(0.02, rel=0.15)
+    widths = {
+        "encoder": [(1, 4, 72), (1, 72, 72), (1, 72, 72), (1, 72, 64)],
+        "dynamics": [(1, 66, 68), (1, 68, 68), (1, 68, 64)],
+        "reward": [(1, 66, 68), (1, 68, 68), (1, 68, 101)],
+        "value": [(5, 64, 68), (5, 68, 68), (5, 68, 101)],
+        "policy": [(1, 64, 68), (1, 68, 68), (1, 68, 4)],
+        "termination": [(1, 64, 68), (1, 68, 68), (1, 68, 1)],
+    }
+    for name, of_layers in widths.items():
+        layers = getattr(model, name).layers
+        assert [layer.weight.shape for layer in layers] == of_layers
+        for layer in layers:
+            begins_at_zero = name in ("reward", "value") and layer is layers[-1]
+            assert layer.weight.std().item() == (0 if begins_at_zero else pytest.approx(0.02, rel=0.15))
+            assert (layer.bias == 0).all()
+            assert not layer.activation or ((layer.scale == 1).all() and (layer.shift == 0).all())
     first = model.value.layers[0].weight
     assert not torch.equal(first[0], first[1])  # every head its own numbers
-    assert torch.equal(first, model.target_value.layers[0].weight)
+    for average, of in ((model.target_value, model.value), (model.ema_policy, model.policy)):
+        assert same(average.state_dict(), of.state_dict())
 
 
 # --- against the second implementation
 
 
-def check_against_oracle(script, args, count, model=None, pretraining=lambda k: False, digits=1e-8):
-    """`count` updates of a script and of the oracle on the same batches and draws: all of their numbers are equal."""
-    model = model or script.WorldModel(TASK, args, generator())
-    slow, optimizers, rows = oracle.Learner(model, args), script.make_optimizers(model, args), []
-    for k in range(count):
-        batch, draws = make_batch(args, seed=k), script.draw_update(args, TASK.action_dim, named(k))
-        expected = slow.update(batch, draws, pretraining(k))
-        found = script.update(script.Functions(), model, optimizers, batch, draws, args, pretraining(k))
-        assert ("losses/policy" in found) != pretraining(k)
-        for name, value in expected.items():
-            assert float(found[f"losses/{name}"]) == pytest.approx(value, rel=digits, abs=digits), (k, name)
-        rows.append(expected)
-    for (name, mine), other in zip(model.named_parameters(), slow.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=name)
-    assert model.kl_scale.view(-1).tolist() == pytest.approx(slow.scales, rel=digits)
-    return rows
-
-
-def test_the_baselines_losses_over_20_updates(double):
-    """From fresh weights, 10 updates of pretraining first: what the flags of the ablations must leave as it is."""
-    rows = check_against_oracle(bmpc, small_args(), 20, pretraining=lambda k: k < 10)
-    assert {"policy", "kl_scale", "policy_grad_norm"} <= set(rows[10]) and "policy" not in rows[9]
-    assert rows[-1]["reward"] < rows[0]["reward"]  # it did learn
-
-
 CASES = {
+    "defaults": (bmpc, {}),
     "official": (bmpc, dict(
         normalize_rho_weights=False, consistency_coef=20.0, entropy_coef=1e-4, log_std_min=-3.0, enc_lr_scale=0.3,
         expert_std_scale=1.0, expert_std_min=0.0, num_q=2, reanalyze_log_std_min=-2.0,
@@ -155,9 +115,10 @@ CASES = {
         num_rollouts=3, td_horizon=2, imagine_initial_source="replay_true", encoder_consistency_coef=0.5,
         td_target_use_ema_policy=True, policy_ema_tau=0.2, policy_trust_region_coef=0.7, kl_reduction="sum",
     )),
-    "from the rollout": (bmpc, dict(td_target_initial_source="same")),
+    "from the rollout": (bmpc, dict(td_target_initial_source="same", batch_size=1)),
     "same": (bmpc, dict(
         imagine_initial_source="replay_true", td_target_initial_source="same", entropy_coef=0.3, rho=0.8,
+        policy_trust_region_coef=0.3,
     )),
     "episodic": (bmpc, dict(episodic=True, termination_coef=2.0, grad_clip_norm=0.01, dropout=0.4, td_horizon=3)),
     "other numbers": (bmpc, dict(
@@ -178,13 +139,21 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_loss_and_weight_under_other_flags(double, name):
-    """From large weights; the second update is one of pretraining."""
+def test_every_loss_and_weight_equals_the_oracles(double, name):
+    """Over four updates from large weights on the same batches and draws, the second one of pretraining."""
     script, changes = CASES[name]
     args = small_args(script, **changes)
     model = make_model(args, script=script)
     model.kl_scale += 5 * torch.arange(1.0, model.kl_scale.numel() + 1).view_as(model.kl_scale)
-    check_against_oracle(script, args, 4, model, lambda k: k == 1)
+    slow, optimizers = oracle.Learner(model, args), script.make_optimizers(model, args)
+    for k in range(4):
+        batch, draws = make_batch(args, seed=k), script.draw_update(args, TASK.action_dim, named(k))
+        found = script.update(script.Functions(), model, optimizers, batch, draws, args, pretraining=k == 1)
+        expected = {f"losses/{name}": value for name, value in slow.update(batch, draws, k == 1).items()}
+        assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-8, abs=1e-8), k
+    for (name, mine), other in zip(model.named_parameters(), slow.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6, msg=name)
+    assert model.kl_scale.view(-1).tolist() == pytest.approx(slow.scales, rel=1e-8)
 
 
 # --- the whole of Algorithm 1
@@ -270,53 +239,29 @@ def test_a_run_is_algorithm_1_written_out(tmp_path):
     assert run.model.kl_scale.item() == pytest.approx(slow.scales[0], rel=1e-8)
 
 
-# --- reanalyze
+@pytest.mark.parametrize("ratio, num_envs", [(0.5, 1), (4.0, 4)])
+def test_planning_utd_ratio_updates_a_decision_and_stepping_come_in_the_specs_order(tmp_path, ratio, num_envs):
+    """After d decisions floor(d x ratio) updates; they see the steps stored before the decision under way."""
+    events, envs = [], FakeEnvs([50] * num_envs)
+    functions = bmpc.Functions(plan=lambda *x: events.append("plan") or bmpc.plan(*x))
+    args = small_args(num_envs=num_envs, utd_ratio=ratio, total_timesteps=32, reanalyze_interval=0)
+    run = start(args, envs, functions)
+    envs.events, original = events, run.buffer.sample
+    run.buffer.sample = lambda u: events.append(run.buffer.step) or original(u)
+    train(run, envs, tmp_path)
+    expected, warm_up = ["step_async", "step_wait"] * (12 // num_envs), 12 // num_envs
+    expected += [warm_up] * 12
+    for step in range(warm_up, 32 // num_envs):
+        before, after = (math.floor((n * num_envs - 12) * ratio) for n in (step, step + 1))
+        expected += ["plan", "step_async", *[step] * (after - before), "step_wait"]
+    assert events == expected
 
 
-def reanalyzed(args, *firsts):
-    """Reanalyzes windows that begin at these steps: plan, rows and batch before and after."""
-    buffer = bmpc.ReplayBuffer(small_args(num_envs=1, buffer_size=40), TASK, torch.device("cpu"))
-    buffer.rows.copy_(-torch.rand(buffer.rows.shape, generator=generator()))
-    place = torch.tensor(firsts)[None] + torch.arange(3)[:, None]
-    sampled = lambda: buffer.columns(buffer.rows[:, 0][place], place)
-    planner, old, batch, new = FakePlanner(), buffer.columns(buffer.rows.clone()), sampled(), sampled()
-    bmpc.reanalyze(planner, make_model(args), buffer, new, args, named())
-    return planner, old, stored(buffer), batch, new
-
-
-SOURCES = [  # flags, what FakePlanner's plan k says of the expert's mean: the drawn elite never has noise
-    ({}, 0.2),
-    (dict(chosen_action_noise=False), 0.2),
-    (dict(reanalyze_use_chosen_action=False), 0.4),  # the plan's mean
-]
-
-
-@pytest.mark.parametrize("firsts", [(4, 20, 5, 21, 30), (8, 8, 8, 10, 9)])
-@pytest.mark.parametrize("source, mean", SOURCES)
-def test_reanalyze_rewrites_exactly_the_sampled_rows(firsts, source, mean):
-    """Windows 0 to 2 are planned anew; of a row that occurs twice one plan remains, in the batch and in the buffer.
-
-    There is no previous plan; horizon and range of the policy's log std are reanalyze's.
-    """
-    own = dict(reanalyze_batch_size=3, reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2)
-    planner, old, rows, batch, new = reanalyzed(small_args(batch_size=5, **own | source), *firsts)
-    planned = batch.place[:, :3].flatten().tolist()  # plan k is for row planned[k]
-    for row in range(40):
-        expert = rows.expert[row, 0]
-        if row in planned:
-            k = math.floor(expert[0, 0])
-            assert planned[k] == row
-            torch.testing.assert_close(expert, torch.tensor([[k + mean] * 2, [k + 0.5] * 2]))
-        else:
-            assert torch.equal(expert, old.expert[row, 0]), row
-    assert torch.equal(new.expert[:, :3], rows.expert[:, 0][batch.place[:, :3]])
-    assert torch.equal(new.expert[:, 3:], batch.expert[:, 3:])
-    for name in ("obs", "action", "reward", "terminated", "next_obs"):
-        assert torch.equal(getattr(new, name), getattr(batch, name))
-        assert torch.equal(getattr(rows, name), getattr(old, name))
-    assert torch.equal(torch.cat(planner.obs), old.obs[:, 0][planned])  # true observations
-    assert {(a.log_std_min, a.log_std_max) for a in planner.args} == {(-2.0, 0.5)}
-    assert all((mean == 0).all() and mean.shape[1] == 2 for mean in planner.previous)
+def test_utd_ratio_is_an_exact_decimal():
+    """As a float, 0.29 x 100 is 28.999999999999996, and an update would be late."""
+    args = small_args(utd_ratio=0.29, num_envs=1, learning_starts=10)
+    assert [bmpc.updates_due(args, 10 + d) for d in (0, 3, 4, 100, 200)] == [0, 0, 1, 29, 58]
+    assert math.floor(100 * 0.29) == 28
 
 
 # --- random numbers
