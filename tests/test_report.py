@@ -5,32 +5,27 @@ And results/: the kept curves are those of the commands beside them, README's ta
 
 import csv
 import dataclasses
-import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import math
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_sweeps import Lab, parse
 
-spec = importlib.util.spec_from_file_location("sweep_report", ROOT / "sweep_list" / "report.py")
-report = importlib.util.module_from_spec(spec)
-sys.modules["sweep_report"] = report
-spec.loader.exec_module(report)
-
+sys.path.append(str(ROOT / "sweep_list"))
+report = importlib.import_module("report")
 STEPS = [0, 100, 200, 300, 400]
 
 
-class Lab:
+class Runs:
     """Runs as the scripts leave them, in a directory of their own."""
 
     def __init__(self, folder):
@@ -38,17 +33,15 @@ class Lab:
 
     def run(self, sweep, configuration, seed, curve=(), done=True, task="dog-run"):
         directory = self.folder / "runs" / f"{task}__bmpc__{seed}__{sweep}__{configuration}"
-        baseline = re.sub(r"2[a-h]_\w+$", "1_test", sweep)
-        fields = [directory, 400, sweep, baseline, configuration, seed, "Is it better?"]
-        fields.append(f"/bin/python {ROOT}/bmpc.py --x 2")
+        baseline, command = re.sub(r"2[a-h]_\w+$", "1_test", sweep), f"/bin/python {ROOT}/bmpc.py --x 2"
+        fields = [directory, 400, sweep, baseline, configuration, seed, "Is it better?", command]
         self.lines.append("\t".join(map(str, fields)) + "\n")
         if not len(curve):
             return self
         directory.mkdir(parents=True)
-        rows = [(s, tag, y) for tag in (report.PLANNER, report.POLICY) for s, y in zip(STEPS, curve, strict=False)]
-        rows += [(100 * i, report.SPEED, speed) for i, speed in enumerate((900, 900, 50, 70, 60))]
-        text = "".join(f"{step},{2 * step},{tag},{value}\n" for step, tag, value in rows)
-        (directory / "metrics.csv").write_text("global_step,env_steps,tag,value\n" + text)
+        curves = {report.PLANNER: curve, report.POLICY: curve, report.SPEED: (900, 900, 50, 70, 60)}
+        rows = [f"{s},{2 * s},{tag},{y}\n" for tag, values in curves.items() for s, y in zip(STEPS, values)]
+        (directory / "metrics.csv").write_text("".join(["global_step,env_steps,tag,value\n", *rows]))
         written = {"args": {"action_repeat": 2, "model_size": 5, "learning_starts": 100}}
         written["versions"] = [{"torch": "1"}, {"command": ["bmpc.py"], "torch": "2", "git_commit": "abc"}]
         written["finished"] = {"global_step": 400, "total_timesteps": 400 if done else 100}
@@ -70,14 +63,12 @@ class Lab:
 
     def page(self, *arguments):
         command = [sys.executable, ROOT / "sweep_list" / "report.py", *arguments]
-        lines = "".join(self.lines)
-        done = subprocess.run(command, cwd=self.folder, input=lines, text=True, capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        subprocess.run(command, cwd=self.folder, input="".join(self.lines), text=True, check=True, timeout=120)
 
 
 @pytest.fixture
 def lab(tmp_path):
-    return Lab(tmp_path)
+    return Runs(tmp_path)
 
 
 def by_seed(values, first=1):
@@ -160,10 +151,6 @@ def test_seeds_to_tell(d, pairs, a_side):
         assert d == 0 or int(one.seeds) > int(needed)
 
 
-def test_holm():
-    assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06]) and report.holm([0.9, 0.8]) == [1, 1]
-
-
 def test_metrics_are_read_as_they_stand(tmp_path):
     file = tmp_path / "metrics.csv"
     assert report.read_metrics(file) == {}
@@ -183,6 +170,7 @@ def test_not_enough_data(lab):
 
 def test_answers_are_corrected_for_every_configuration_of_the_report(lab):
     """Of six pairs p is 1/32 at best: one configuration may be told, not two, wherever they are in the report."""
+    assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06]) and report.holm([0.9, 0.8]) == [1, 1]
     base = np.array([100, 120, 110, 90, 105, 95])
     lab.seeds("1_test", "baseline", *base).seeds("2a_utd", "utd_ratio_2", *base + 40 + np.arange(6))
     (text,) = lab.answer("2a_utd")
@@ -216,7 +204,7 @@ def test_coincidence(lab):
 
 
 def test_the_page_and_what_is_kept(lab):
-    """A CSV of returns for each finished run, its command and versions; the page made of them is the runs' own page."""
+    """A CSV of returns for each finished run, its command and versions, and the page made of them."""
     lab.seeds("1_test", "baseline", 100, 120).seeds("2a_utd", "utd_ratio_2", 500, 510)
     lab.run("2a_utd", "utd_ratio_4", 1, STEPS, done=False).run("2b_multihead", "std_coef_0", 1)
     lab.page()
@@ -236,63 +224,39 @@ def test_the_page_and_what_is_kept(lab):
     )
     about = json.loads((folder / "runs.json").read_text())["dog-run__bmpc__2__2a_utd__utd_ratio_2"]
     assert about["command"] == "python bmpc.py --x 2" and about["versions"] == {"torch": "2", "git_commit": "abc"}
-    assert str(lab.folder) not in (folder / "runs.json").read_text()
     assert {file.stem for file in folder.glob("figures/*")} == {"forest", "1_test", "2a_utd"}
     first = {file: file.read_bytes() for file in folder.rglob("*.*")}
     shutil.rmtree(folder / "figures")
     for directory in (lab.folder / "runs").glob("*utd_ratio*"):
         shutil.rmtree(directory)
     lab.page("--export", folder)  # what is kept of runs that are gone stays
-    shutil.rmtree(lab.folder / "runs")
-    (folder / "report.md").unlink()
-    lab.page("--replot", folder)
     assert {file: file.read_bytes() for file in folder.rglob("*.*")} == first
 
 
 # --- results/
 
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/runs.json"))
-KEPT = {folder: json.loads((folder / "runs.json").read_text()) for folder in FOLDERS}
-RUNS = [(folder, name, about) for folder, runs in KEPT.items() for name, about in runs.items()]
+each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
-@pytest.mark.parametrize("folder, name, about", RUNS, ids=[f"{folder.name}/{name}" for folder, name, _ in RUNS])
-def test_a_kept_run_is_whole(folder, name, about):
+@each_folder
+def test_kept_runs_are_whole_and_the_sweep_still_says_their_commands(folder):
     """The command names the run and its length; the curve ends there and is evenly spaced."""
-    _python, script, *flags = shlex.split(about["command"])
-    args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
-    assert name == f"{args.env_id}__{script.removesuffix('.py')}__{args.seed}__{args.run_name}"
-    assert args.seed == about["seed"] and args.total_timesteps == about["steps"]
-    assert {"git_commit", "torch", "mujoco", "dm_control"} <= set(about["versions"])
-    rows = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
-    steps = [int(row["global_step"]) for row in rows]
-    assert steps == list(range(steps[0], about["steps"] + 1, args.eval_freq)) and steps[0] in (0, args.eval_freq)
-    assert [int(row["env_steps"]) for row in rows] == [2 * step for step in steps]
-    assert np.isfinite([[float(row["planner_return"]), float(row["policy_return"])] for row in rows]).all()
+    meaning = lambda command: dataclasses.replace(parse(command), preset="full")  # however it is spelled
+    said = set(map(meaning, Lab().dry_run(f"0_{folder.name}")))
+    for name, about in json.loads((folder / "runs.json").read_text()).items():
+        args = meaning(about["command"])
+        assert args in said and name == f"{args.env_id}__{args.exp_name}__{args.seed}__{args.run_name}"
+        assert args.seed == about["seed"] and args.total_timesteps == about["steps"], name
+        assert {"git_commit", "torch", "mujoco", "dm_control"} <= set(about["versions"]), name
+        rows = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
+        steps = [int(row["global_step"]) for row in rows]
+        assert steps == list(range(steps[0], args.total_timesteps + 1, args.eval_freq)), name
+        assert steps[0] in (0, args.eval_freq) and [int(row["env_steps"]) for row in rows] == [2 * s for s in steps]
+        assert np.isfinite([[float(row["planner_return"]), float(row["policy_return"])] for row in rows]).all(), name
 
 
-@functools.cache
-def arguments(script, *flags):
-    args = importlib.import_module(script).parse_args(flags)
-    return script, dataclasses.astuple(dataclasses.replace(args, preset="full"))
-
-
-def meaning(command):
-    """What a command line runs: its script and arguments, however they are spelled, and its seed."""
-    _python, script, *flags = shlex.split(command)
-    k = flags.index("--seed")
-    return arguments(Path(script).stem, *flags[:k], *flags[k + 2 :]), flags[k + 1]
-
-
-def test_the_sweeps_still_say_the_kept_commands():
-    sweeps = sorted({about["sweep"].split("__")[0] for _, _, about in RUNS})
-    command = ["bash", ROOT / "sweeps.sh", *sweeps, "--dry-run"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    said = {meaning(line) for line in lines}
-    assert sweeps and {meaning(about["command"]) for _, _, about in RUNS} <= said
-
-
-@pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
+@each_folder
 def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
     """To the byte, and the figures so where the same matplotlib draws them."""
     shutil.copytree(folder, tmp_path, ignore=shutil.ignore_patterns("figures", "report.md"), dirs_exist_ok=True)
@@ -300,7 +264,7 @@ def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
     files = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
     again = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
     drawn_here = f"Matplotlib version{matplotlib.__version__},".encode()
-    assert again.keys() == files.keys() and len(list(folder.glob("*.csv"))) == len(KEPT[folder])
+    assert again.keys() == files.keys() and len(list(folder.glob("*.csv"))) == len(report.kept(folder))
     for name, content in files.items():
         assert again[name] == content or (name.suffix == ".png" and drawn_here not in content), name
 
@@ -310,8 +274,7 @@ def test_readme_has_the_table():
     for folder in ("baseline", "dog_run"):
         (groups,) = report.group_runs(report.kept(ROOT / "results" / folder)).values()
         for group in groups:
-            planner, policy = (
-                report.measured(group.runs, report.final_return, tag) for tag in (report.PLANNER, report.POLICY)
-            )
+            planner = report.measured(group.runs, report.final_return)
+            policy = report.measured(group.runs, report.final_return, report.POLICY)
             cells = [group.task, str(len(planner)), *map(report.spread, (planner, policy, planner - policy))]
             assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
