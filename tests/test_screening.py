@@ -1,6 +1,6 @@
 """The screening of the departures: its design is orthogonal, its analysis finds planted effects and no others."""
 
-import importlib.util
+import importlib
 import itertools
 import re
 import subprocess
@@ -8,19 +8,19 @@ import sys
 
 import numpy as np
 from conftest import ROOT
+from test_sweeps import Lab
 
 FOLDER = ROOT / "sweep_list" / "0_cpu" / "0_screening"
-spec = importlib.util.spec_from_file_location("effects", FOLDER / "effects.py")
-effects = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(effects)
+README = (ROOT / "README.md").read_text()
+sys.path.append(str(FOLDER))
+effects = importlib.import_module("effects")
+flags_of = lambda text: set(re.findall(r"--\S+(?: -?\d[\d.e-]*)?", text))  # each with the number that follows it
 
 
 def design():
     """By configuration, which letters are at their default, and the flags that set the others."""
-    command = ["bash", ROOT / "sweeps.sh", "0_screening", "--dry-run"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = [re.search(r"__(\w+) --task cheetah-run ?(.*)", line) for line in lines]
-    return {row[1]: ({x for x in effects.LETTERS if x in row[1]}, row[2]) for row in found if row}
+    rows = re.findall(r"__(\w+) --task cheetah-run(.*)", "\n".join(Lab().dry_run("0_screening")))
+    return {name: ({x for x in effects.LETTERS if x in name}, flags_of(flags)) for name, flags in rows}
 
 
 def test_any_two_departures_meet_in_each_combination_three_times():
@@ -31,17 +31,15 @@ def test_any_two_departures_meet_in_each_combination_three_times():
 
 
 def test_a_letter_stands_for_its_flags():
-    """The official numbers are those of 0_parity, and a letter at its default takes its own away and no others."""
-    rows, flags = design(), {}
-    for (on, given), letter in itertools.product(rows.values(), effects.LETTERS):
-        if letter not in on:
-            flags.setdefault(letter, []).append({flag.strip() for flag in given.split("--") if flag})
-    flags = {letter: set.intersection(*sets) for letter, sets in flags.items()}
+    """The official numbers are 0_parity's and README's; a letter at its default takes its own away and no others."""
+    rows, flags = design().values(), {}
+    for letter in effects.LETTERS:
+        flags[letter] = set.intersection(*(given for on, given in rows if letter not in on))
     assert all(flags[x] for x in "ABCDEFGHIJ") and not flags["K"]
-    parity = (FOLDER.parent / "0_parity" / "sweep.sh").read_text()
-    official = {flag.removeprefix("--") for flag in re.findall(r"--\S+(?: -?\d[\d.e-]*)?", parity)}
-    found = set().union(*flags.values())
-    assert found < official and {flag.split()[0] for flag in official - found} == {"steps", "task"}
+    parity, found = flags_of((FOLDER.parent / "0_parity" / "sweep.sh").read_text()), set().union(*flags.values())
+    assert found < parity and {flag.split()[0] for flag in parity - found} == {"--steps", "--task"}
+    (command,) = re.findall("^python bmpc.py --num-envs.*", README, re.M)
+    assert flags_of(command) == found - {"--reanalyze-batch-size 20"} | {"--num-q 2"}  # which the small size has, too
 
 
 def test_planted_effects_come_back_and_noise_is_noise():
@@ -62,8 +60,6 @@ def test_readme_and_the_kept_table_have_the_effects_of_the_kept_runs():
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert table == (ROOT / "results" / "screening" / "effects.md").read_text()
     area = [line.split(" | ")[1] for line in table.splitlines()[2:]]
-    departures = (ROOT / "README.md").read_text().split("## Departures")[1].split("## Speed")[0]
-    assert sorted(re.findall(r" ([+-]\d+\.\d)(?: \(both\))? \|\n", departures)) == sorted(
-        area[:1] + area[2:10]
-    )  # without the small sweep's own, B
-    assert f"Chance alone makes {area[11]}:" in departures
+    told = re.findall(r" ([+-]\d+\.\d)(?: \(both\))? \|\n", README.split("## Departures")[1])
+    assert sorted(told) == sorted(area[:1] + area[2:10])  # without the small sweep's own, B
+    assert f"Chance alone makes {area[11]}:" in README
