@@ -153,12 +153,12 @@ submit() {
 }
 
 # One task of the array. SLURM requeues by itself when it takes the node away; after a checkpoint it has to be asked.
-# Not so if the task was cancelled, which ends its state RUNNING.
+# Not so if the task was cancelled, which ends its state RUNNING. The last task's SLURM_JOB_ID means the whole array.
 slurm_task() {
-  local jobs=1 code=0
+  local jobs=1 code=0 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   one "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")" || code=$?
-  if ((code == 75)) && [[ $(squeue --noheader --job="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
+  if ((code == 75)) && [[ $(squeue --noheader --job="$task" --format=%T) == RUNNING ]]; then
+    scontrol requeue "$task"
   fi
   exit "$code"
 }

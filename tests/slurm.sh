@@ -3,16 +3,17 @@
 #
 #   bash tests/slurm.sh EMPTY_DIRECTORY
 #
-# Four runs, two at a time, of the scripts' stand-in. One gets SLURM's warning signal midway and must be requeued and
-# resumed from its checkpoint; one is cancelled, one is killed, and these must not be. A second submission must leave
-# out what is done. Needs root and Debian's slurm-wlm and munge, but no systemd, cgroups or existing cluster.
+# Four runs, two at a time, of the scripts' stand-in. Two get SLURM's warning signal midway and must be requeued and
+# resumed from their checkpoints: the first, and the last, whose job id is the whole array's. One is cancelled, one is
+# killed, and these must not be. A second submission must leave out what is done. Needs root and Debian's slurm-wlm and
+# munge, but no systemd, cgroups or existing cluster.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 lab=$(cd -- "$1" && pwd)
 work="$lab/my runs"
 export PYTHON=${PYTHON:-python} SLURM_CONF=$lab/slurm.conf
-export FAKE_GATE=$lab/gate FAKE_FAIL=2__2a_utd__utd_ratio_4 FAKE_CODE=137
+export FAKE_GATE=$lab/gate FAKE_FAIL=2__2a_utd__utd_ratio_2 FAKE_CODE=137
 mkdir "$work" "$lab/project" "$lab/munge" "$lab/state" "$lab/spool"
 cp -r "$root/sweeps.sh" "$root/sweep_list" "$lab/project"
 cp "$root/tests/fake_bmpc.py" "$lab/project/bmpc.py"
@@ -83,24 +84,32 @@ is_midway() { [[ $(cat "$(run_of "$@")/checkpoint.pt") == '{"tenth": 5}' ]]; }
 first_two_are_midway() { is_midway 1 2 && is_midway 2 2; }
 node_is_idle() { [[ $(sinfo -h -o %T) == idle ]]; }
 is_pending() { squeue -h -t PD -o %K | grep -qx "$1"; }
+warn() {                                                              # TASK, as --signal does before time is up
+  timeout 5 scancel --batch --signal=USR1 "1_$1" || true
+  wait_until is_pending "$1"
+}
 queue_is_empty() { [[ ! $(squeue -h "$@") ]]; }
 
 wait_until node_is_idle
 sweep --slurm --jobs 2 --sbatch "--partition=main --cpus-per-task=1"
 wait_until first_two_are_midway
-timeout 5 scancel --batch --signal=USR1 1_0 || true                   # the first: as --signal does before time is up
-wait_until is_pending 0
+warn 0
 wait_until is_midway 1 4
 scancel 1_2                                                           # the third: by its user
 wait_until queue_is_empty -j 1_2
-touch "$lab/gate"                                                     # the second ends well, the fourth is killed
-scontrol update JobId=1_0 StartTime=now                               # SLURM would wait for two minutes
+wait_until is_midway 2 4
+warn 3
+touch "$lab/gate"                                                     # the second is killed
+sleep 2                                                               # SLURM tells a job's starts apart by the second
+scontrol update JobId=1_0,1_3 StartTime=now                           # SLURM would wait for two minutes
 wait_until queue_is_empty
 
 status=$(sweep --status) || true
 [[ $status == *"2 done, 0 running, 1 failed, 1 waiting" ]] || fail "$status"
-[[ "$(starts_of 1 2) $(starts_of 2 2) $(starts_of 1 4) $(starts_of 2 4)" == "2 1 1 1" ]] || fail "started too often"
-grep -q 'continuing at step 10' "runs/logs/$(basename "$(run_of 1 2)").log" || fail "the warned run was not resumed"
+[[ "$(starts_of 1 2) $(starts_of 2 2) $(starts_of 1 4) $(starts_of 2 4)" == "2 1 1 2" ]] || fail "started too often"
+for run in "$(run_of 1 2)" "$(run_of 2 4)"; do
+  grep -q 'continuing at step 10' "runs/logs/${run##*/}.log" || fail "a warned run was not resumed"
+done
 sweep --slurm
 [[ $(cat runs/logs/slurm_*.runs | wc -l) == 6 ]] || fail "the second submission should hold two runs"
-echo "a real SLURM: the warned run came back and went on, a cancelled or killed one did not"
+echo "a real SLURM: the warned runs came back and went on, a cancelled or killed one did not"

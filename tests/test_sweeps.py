@@ -315,7 +315,10 @@ def test_submission_to_slurm(lab):
     *words, wrap = (lab.cwd / "words").read_text().splitlines()
     assert {"--array=0-6%3", "--requeue", "--signal=B:USR1@120", "--partition=gpu", "--time=1:00"} <= set(words)
     for index in range(7):  # two runs of 2d are done; one and the six of 2a are due
-        command, task = ["sh", "-c", wrap.removeprefix("--wrap=")], environment(SLURM_ARRAY_TASK_ID=index)
+        command, task = (
+            ["sh", "-c", wrap.removeprefix("--wrap=")],
+            environment(SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID=index),
+        )
         assert subprocess.run(command, cwd=lab.cwd, env=task).returncode == 0
     assert [len(starts(run)) for run in lab.runs] == [1] * 9
     assert "nothing to do" in lab.run("2d", "2a", *options, **sent).stdout
