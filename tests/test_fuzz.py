@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import CPU, same
+from conftest import CPU, TASK, FakeEnvs, same, start
 from hypothesis import HealthCheck, given, settings
 
 import bmpc
@@ -42,24 +42,14 @@ CHOICES = dict(  # values that go with each other and with BASE's
 VALID = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in CHOICES.items()})
 
 
-def fill(buffer, steps):
-    """Puts random episodes of 7 decisions into the buffer."""
-    rng, E, A = torch.Generator().manual_seed(0), len(buffer.age), 2
-    normal = lambda *shape: torch.randn(E, *shape, generator=rng)
-    for step in range(1, steps):
-        expert = torch.stack([normal(A).clamp(-1, 1), torch.rand(E, A, generator=rng) + 0.05], 1)
-        ended = np.full(E, step % 7 == 0)
-        buffer.add(
-            normal(3), normal(A).clamp(-1, 1), expert, normal(), torch.from_numpy(ended).float(), normal(3), ended
-        )
-
-
 @fuzz(25)
 @given(VALID)
 def test_every_valid_command_line_acts_and_learns(changes):
-    args, task = bmpc.fill_in(bmpc.parse_args(BASE + runs.words(changes)))
-    run = bmpc.Run(args, task, CPU)
-    fill(run.buffer, 20)
+    args, _ = bmpc.fill_in(bmpc.parse_args(BASE + runs.words(changes)))
+    envs = FakeEnvs([7] * args.num_envs)
+    run = start(args, envs)
+    for _ in range(20):
+        bmpc.store(run, envs, *bmpc.act_randomly(args, TASK.action_dim, run.generator("act")), run.mean)
     before = [x.clone() for x in run.model.parameters()]
     bmpc.learn(run, pretraining=True)
     bmpc.learn(run, pretraining=False)
@@ -88,9 +78,8 @@ WRONG = {
     # what tyro refuses
     "kl_reduction": ["max"], "model_size": [2, "big"], "seed ": ["one"], "lr ": ["fast"], "no_such_flag": [1],
 }  # fmt: skip
-RUNS = ("resume", "evaluate")
 SYNONYMS = {"num_pi_trajs": "proposals", "horizon": "window", "vmin": "bins", "env_id": "", "no_such_flag": "-flag"}
-SYNONYMS |= {"env_kwargs": "made", "vmax": "bins", "batch_size": "windows"} | dict.fromkeys(RUNS, "no checkpoint")
+SYNONYMS |= {"env_kwargs": "made", "vmax": "bins", "batch_size": "windows", "resume": "holds", "evaluate": "holds"}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -131,94 +120,58 @@ def test_any_other_command_line_is_taken_or_refused_in_one_line(tmp_path, monkey
 # --- replay
 
 
-def windows(rows, capacity, horizon):
-    """What the replay should hold, of each environment's rows (episode, obs, values, next_obs): every window."""
-    found = []
-    for env, mine in enumerate(rows):
-        for first in range(max(0, len(mine) - capacity), len(mine) - horizon + 1):
-            window = mine[first : first + horizon]
-            if window[0][0] == window[-1][0]:
-                places = [(first + t) % capacity * len(rows) + env for t in range(horizon)]
-                found.append(([window[0][1], *(row[3] for row in window)], [row[2] for row in window], places))
-    return sorted(found)
-
-
-def held(buffer, n, times=3):
-    """The windows that `buffer` draws at equally spaced numbers: if it holds n, each of them so many times."""
-    u = (np.arange(times * n) + 0.5) / max(1, times * n)
-    u[:1], u[-1:] = 0.0, 1 - 2**-53  # also at the ends of the unit interval
-    if n == 0:
-        with pytest.raises(bmpc.Refused, match="holds no"):
-            buffer.sample(np.zeros(1))
-        return []
-    batch = buffer.sample(u)
-    columns = [batch.action[..., 0], batch.reward, batch.terminated, batch.expert[..., 0, 0], batch.expert[..., 1, 0]]
-    values, obs = torch.stack(columns, -1).transpose(0, 1).tolist(), torch.cat([batch.obs[:1], batch.next_obs])
-    found = sorted(zip(obs[..., 0].T.tolist(), values, batch.place.T.tolist(), strict=True))
-    assert all(found[k::times] == found[::times] for k in range(times))
-    return found[::times]
-
-
-def new_buffer(num_envs, capacity, horizon):
-    args = bmpc.Args(num_envs=num_envs, buffer_size=num_envs * capacity + num_envs - 1, horizon=horizon)
-    return bmpc.ReplayBuffer(args, bmpc.TaskInfo(1, 1, None), CPU)
-
-
-@fuzz(40)
-@given(st.data())
-def test_the_replay_holds_what_lists_of_episodes_would(data):
+@fuzz(60)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 26), st.integers(1, 60), st.integers(0, 99))
+def test_the_replay_holds_what_lists_of_episodes_would(E, T, spare, steps, seed):
     """Each window once, wherever it lies in the ring, and all equally likely; also once it was saved and loaded."""
-    E, T = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
-    capacity = data.draw(st.integers(T + 2, 30))
-    buffer, rows, unique = new_buffer(E, capacity, T), [[] for _ in range(E)], iter(range(1, 10**6))
-    episode, age, length = [0] * E, [0] * E, [data.draw(st.integers(1, 12)) for _ in range(E)]
-    for step in range(data.draw(st.integers(1, 60))):
-        values = torch.tensor([[float(next(unique)) for _ in range(7)] for _ in range(E)])
-        for i in range(E):
-            if age[i]:
-                values[i, 0] = rows[i][-1][3]  # an episode goes on from where it came to
-        obs, action, mean, std, next_obs, reward, terminated = values.T[:, :, None]
-        age = [n + 1 for n in age]
-        ended = [n == of for n, of in zip(age, length, strict=True)]
-        expert = torch.stack([mean, std], 1)
-        buffer.add(obs, action, expert, reward[:, 0], terminated[:, 0], next_obs, np.array(ended))
-        for i, (o, a, m, s, after, r, t) in enumerate(values.tolist()):
-            rows[i].append((episode[i], o, [a, r, t, m, s], after))
-            if ended[i]:
-                episode[i], age[i], length[i] = episode[i] + 1, 0, data.draw(st.integers(1, 12))
-        if step % 11 == 10:  # saved and loaded
-            state, again = buffer.state_dict(), new_buffer(E, capacity, T)
-            again.load_state_dict(state)
-            assert len(state["rows"]) == min(step + 1, capacity) and same(again.state_dict(), state)
-            buffer = again
-        if step % 7 == 6:
-            assert held(buffer, len(expected := windows(rows, capacity, T))) == expected
-    assert held(buffer, len(expected := windows(rows, capacity, T))) == expected
-    assert buffer.age.tolist() == age
+    C, rng = T + spare, np.random.default_rng(seed)
+    args = bmpc.Args(num_envs=E, buffer_size=E * C + E - 1, horizon=T)
+    make = lambda: bmpc.ReplayBuffer(args, bmpc.TaskInfo(1, 1, None), CPU)
+    buffer, rows = make(), torch.from_numpy(rng.random((steps, E, 7), np.float32))
+    ended = rng.random((steps, E)) < rng.choice([0, 0.1, 0.3, 1])
+    episode = ended.cumsum(0) - ended  # of each row
+    for step in range(steps):
+        obs, action, expert, reward, terminated, next_obs = rows[step].split([1, 1, 2, 1, 1, 1], 1)
+        buffer.add(obs, action, expert[:, :, None], reward[:, 0], terminated[:, 0], next_obs, ended[step])
+        if step % 11 == 10:
+            state, buffer = buffer.state_dict(), make()
+            buffer.load_state_dict(state)
+            assert len(state["rows"]) == min(step + 1, C) and same(buffer.state_dict(), state)
+        oldest = max(0, step + 1 - C)
+        last = episode[oldest : step + 1][T - 1 :]
+        first, env = np.nonzero(episode[oldest:][: len(last)] == last)
+        if not len(first):
+            with pytest.raises(bmpc.Refused, match="holds no"):
+                buffer.sample(np.zeros(1))
+            continue
+        u = (np.arange(3 * len(first)) + 0.5) / (3 * len(first))  # so that each is drawn three times
+        u[0], u[-1] = 0.0, 1 - 2**-53  # also at the ends of the unit interval
+        batch = buffer.sample(u)
+        slot, envs = np.divmod(batch.place.numpy(), E)
+        at = step - (step - slot) % C  # the last step that was written there
+        assert sorted(zip(at[0], envs[0])) == sorted([*zip(oldest + first, env)] * 3)
+        assert (at == at[0] + np.arange(T)[:, None]).all() and (envs == envs[0]).all()
+        found = [batch.obs, batch.action, batch.expert.flatten(2), batch.reward[:, :, None]]
+        found += [batch.terminated[:, :, None], batch.next_obs]
+        assert torch.equal(torch.cat(found, 2), rows[at, envs])
+    assert buffer.age.tolist() == (episode == ended.sum(0)).sum(0).tolist()
 
 
 # --- checkpoints
 
 
-@pytest.fixture(scope="module")
-def checkpointed(tmp_path_factory):
-    """A directory with a checkpoint."""
-    path = tmp_path_factory.mktemp("run")
-    bmpc.save_checkpoint(bmpc.Run(*bmpc.fill_in(bmpc.parse_args(BASE)), CPU), path)
-    return path
+def test_a_checkpoint_damaged_anywhere_is_refused_or_as_good_as_whole(tmp_path):
+    bmpc.save_checkpoint(bmpc.Run(*bmpc.fill_in(bmpc.parse_args(BASE)), CPU), tmp_path)
+    whole, intact = (tmp_path / "checkpoint.pt").read_bytes(), bmpc.read_checkpoint(tmp_path)
 
+    @fuzz(60)
+    @given(st.integers(0, len(whole) - 1), st.integers(0, 8))
+    def check(place, bit):  # of which one is flipped, or everything from there on is cut off
+        changed = bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :] if bit < 8 else b""
+        (tmp_path / "checkpoint.pt").write_bytes(whole[:place] + changed)
+        try:
+            assert same(bmpc.read_checkpoint(tmp_path), intact), place
+        except bmpc.Failed as failure:
+            assert "checkpoint.pt is not usable" in str(failure) and "\n" not in str(failure)
 
-@fuzz(60)
-@given(st.data())
-def test_a_checkpoint_damaged_anywhere_is_refused_or_as_good_as_whole(checkpointed, tmp_path, data):
-    whole = (checkpointed / "checkpoint.pt").read_bytes()
-    place = data.draw(st.integers(0, len(whole) - 1))
-    damaged = bytearray(whole[:place] if data.draw(st.booleans()) else whole)
-    if len(damaged) == len(whole):
-        damaged[place] ^= 1 << data.draw(st.integers(0, 7))
-    (tmp_path / "checkpoint.pt").write_bytes(damaged)
-    try:
-        state = bmpc.read_checkpoint(tmp_path)
-        assert runs.differences(state, runs.checkpoint(checkpointed / "checkpoint.pt")) == [], place
-    except bmpc.Failed as failure:
-        assert "checkpoint.pt is not usable" in str(failure) and "\n" not in str(failure)
+    check()
