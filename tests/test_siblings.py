@@ -170,6 +170,7 @@ FLAGS = {
         td_target_use_ema_policy=True, policy_trust_region_coef=0.3, initial_expert_from_behavior=False, episodic=True,
         reanalyze_use_chosen_action=False, entropy_coef=1e-3, reanalyze_horizon=2, reanalyze_log_std_min=-2.0,
         td_target_initial_source="same", eval_sample_elite=True, dropout=0.1, num_pi_trajs=0, kl_reduction="sum",
+        chosen_action_noise=False, normalize_rho_weights=False, enc_lr_scale=0.3, num_q=2,
     ),
 }  # fmt: skip
 
