@@ -10,6 +10,7 @@ default dog-run. It ends with a Markdown table; gpu.csv has its rows.
 
 import argparse
 import csv
+import functools
 import os
 import platform
 import subprocess
@@ -32,20 +33,15 @@ SMALL = "--num-envs 1 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-samples 16
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
-def said(text):
-    print(text, flush=True)
+said = functools.partial(print, flush=True)
 
 
-def run_script(name, cwd, *line, limit=None):
-    """A run as a process, asked to stop after `limit` seconds: its exit code, and the last lines it wrote."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *line]
-    process = subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        text, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # the run writes a checkpoint and ends
-        text, _ = process.communicate(timeout=120)
-    return process.returncode, "\n".join(text.splitlines()[-8:])
+def run_script(name, cwd, *line, limit=0):
+    """A run as a process, asked to stop after `limit` seconds if it has one: its exit code, the last lines it wrote."""
+    command = ["timeout", "--foreground", "--preserve-status", "--kill-after=120", f"{limit}"]
+    command += [sys.executable, str(ROOT / f"{name}.py"), *line]
+    ran = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return ran.returncode, "\n".join(ran.stdout.splitlines()[-8:])
 
 
 # --- right?
@@ -54,24 +50,21 @@ def run_script(name, cwd, *line, limit=None):
 def check_waits(options):
     """Acting, storing and learning under torch's alarm: whatever makes the host wait for the GPU raises."""
     bench = Bench(options)
+    alarm = torch.cuda.set_sync_debug_mode if bench.device.type == "cuda" else lambda mode: None
     for name, changes in SCRIPTS.items():
         script = getattr(throughput, name)
         run, _ = bench.make(script, "eager", reanalyze_interval=2, **changes)
         rows = np.zeros(run.args.num_envs, np.float32)
-        for alarm in ("default", "error"):  # first Adam's state and cuBLAS's workspaces are made
-            if bench.device.type == "cuda":
-                torch.cuda.set_sync_debug_mode(alarm)
-            try:
-                planning = run.functions.plan, run.model, run.obs, run.mean, run.args, run.generator
-                (action, expert, _), metrics = script.act(*planning)
-                run.measure(metrics)
-                reward = script.to_device(rows, bench.device)
-                run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0)
-                script.learn(run, pretraining=False)
-                script.learn(run, pretraining=False)  # with reanalyze
-            finally:
-                if bench.device.type == "cuda":
-                    torch.cuda.set_sync_debug_mode("default")
+        for mode in ("default", "error"):  # first Adam's state and cuBLAS's workspaces are made
+            alarm(mode)
+            planning = run.functions.plan, run.model, run.obs, run.mean, run.args, run.generator
+            (action, expert, _), metrics = script.act(*planning)
+            run.measure(metrics)
+            reward = script.to_device(rows, bench.device)
+            run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0)
+            script.learn(run, pretraining=False)
+            script.learn(run, pretraining=False)  # with reanalyze
+        alarm("default")
         said(f"waits: none in {name}")
 
 
@@ -126,13 +119,12 @@ def train(options, seconds):
     flags = f"--task dog-run --device {options.device} --log-freq 200"
     flags += f" --no-compile --learning-starts 16 --log-freq 4 --steps 24 --eval-freq 0 {SMALL}" * options.small
     with tempfile.TemporaryDirectory() as cwd:
-        code, text = run_script("bmpc", cwd, *flags.split(), limit=None if options.small else seconds)
+        code, text = run_script("bmpc", cwd, *flags.split(), limit=0 if options.small else seconds)
         if code not in (0, bmpc.TRY_AGAIN):
             raise SystemExit(f"the training run failed with code {code}:\n{text}")
         found = runs.numbers(cwd, speeds=True)
-    speeds, returns = (
-        [(step, value) for step, _, of, value in found if of == tag] for tag in ("charts/SPS", "charts/episodic_return")
-    )
+    of = lambda tag: [(step, value) for step, _, name, value in found if name == tag]
+    speeds, returns = of("charts/SPS"), of("charts/episodic_return")
     if speeds:
         said(f"dog-run: at step {speeds[-1][0]}, {speeds[-1][1]:.2f} decisions a second")
     for step, value in returns:
@@ -140,9 +132,8 @@ def train(options, seconds):
     return speeds[-1][1] if speeds else float("nan")
 
 
-def table(rows):
+def table(names, rows):
     """Rows as Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
     told = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
     lines = [names, ["---"] * len(names)] + [[told(row.get(name, "")) for name in names] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -179,11 +170,12 @@ def main(argv=None):
     parts["simulators and the rest"] = max(0.0, 1e3 / speed - sum(parts.values()))
     bench.rows += [{"call": f"a decision: {name}", "mode": "in the loop", "ms": value} for name, value in parts.items()]
     bench.rows.append({"call": "a decision", "mode": "in the loop", "ms": 1e3 / speed})
+    names = list(dict.fromkeys(name for row in bench.rows for name in row))
     with open("gpu.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in bench.rows for name in row)))
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(bench.rows)
-    said(f"\n{who}, torch {torch.__version__}\n\n{table(bench.rows)}")
+    said(f"\n{who}, torch {torch.__version__}\n\n{table(names, bench.rows)}")
     return 0
 
 
