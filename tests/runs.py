@@ -1,6 +1,7 @@
 """Whole runs of the scripts as processes, for tests: started, struck, waited for and compared."""
 
 import atexit
+import contextlib
 import csv
 import functools
 import json
@@ -77,11 +78,8 @@ class Run:
         patiently(lambda: self.code is not None, self)
         return self
 
-    def said(self):
-        return self.told("stdout")
-
-    def warned(self):
-        return self.told("stderr")
+    said = functools.partialmethod(told, "stdout")
+    warned = functools.partialmethod(told, "stderr")
 
     def __repr__(self):
         return f"<run {self.pid}, code {self.code}\n{self.said()[-2000:]}\n{self.warned()[-3000:]}>"
@@ -90,12 +88,10 @@ class Run:
         """The living processes of its session, workers included."""
         found = []
         for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
+            with contextlib.suppress(OSError):  # it ended meanwhile
                 state, _, _, session = status.read_text().rpartition(")")[2].split()[:4]
-            except OSError:  # it ended meanwhile
-                continue
-            if int(session) == self.pid and state not in "ZX":
-                found.append(int(status.parent.name))
+                if int(session) == self.pid and state not in "ZX":
+                    found.append(int(status.parent.name))
         return found
 
 
@@ -145,33 +141,27 @@ def numbers(cwd, speeds=False):
     return [row for row in rows if speeds or row[2] != "charts/SPS"]
 
 
-def differences(a, b, path=""):
-    """Where two trees of tensors, numbers and strings are not the same, to the bit."""
-    if type(a) is not type(b):
-        return [f"{path}: {type(a).__name__} and {type(b).__name__}"]
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{path}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
-        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [f"{path}: lengths {len(a)} and {len(b)}"]
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    if isinstance(a, torch.Tensor):
-        same = a.shape == b.shape and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+def leaves(tree, path=""):
+    """Pairs of a path and what is there to the bit: a tensor, number or string, or the size of what holds them."""
+    if isinstance(tree, torch.Tensor):
+        yield path, (tree.dtype, tree.shape, tree.numpy().tobytes())
+    elif isinstance(tree, (dict, list, tuple)):
+        yield path, (type(tree), len(tree))
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(part, f"{path}/{key}")
     else:
-        same = a == b or (a != a and b != b)
-    return [] if same else [f"{path}: {a if not isinstance(a, torch.Tensor) else ''} differs"]
+        yield path, repr(tree)
+
+
+def differences(a, b):
+    """Where two trees of tensors, numbers and strings are not the same."""
+    a, b = dict(leaves(a)), dict(leaves(b))
+    return sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path))
 
 
 def lost(reference, other):
     """What differs between two runs that should be the same: log, and everything that their last checkpoints hold."""
-    a, b = checkpoint(reference), checkpoint(other)
+    a, b = (checkpoint(cwd) | {"log": numbers(cwd)} for cwd in (reference, other))
     for state in (a, b):  # how long the run is to be, and how it was begun
         state["args"] |= {"total_timesteps": 0, "resume": ""}
-    found = differences(a, b)
-    ours, theirs = numbers(reference), numbers(other)
-    if ours != theirs:
-        found += [f"log: {len(ours)} and {len(theirs)} lines"]
-        found += [f"log: {x} and {y}" for x, y in zip(ours, theirs, strict=False) if x != y][:3]
-    return found
+    return differences(a, b)
