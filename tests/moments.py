@@ -84,26 +84,15 @@ def strike_anywhere(script, name, number):
     sys.setprofile(profile)
 
 
-def kill_worker(script, worker, path, number, inside=""):
-    """SIGKILL to an environment's process before the `number`-th call of `path`, a method of Envs."""
+def kill_worker(script, path, number, inside=""):
+    """SIGKILL to the last environment's process before the `number`-th call of `path`, a method of Envs."""
 
     def happen(call, args):
         if call == number:
-            process = args[0].processes[worker]
-            process.kill()
-            process.join()
+            args[0].processes[-1].kill()
+            args[0].processes[-1].join()
 
     before(script, path, happen, inside)
-
-
-def poison(script, path, number):
-    """A weight of the policy is not a number from the `number`-th call of `path`, a function of the run, on."""
-
-    def happen(call, args):
-        if call == number:
-            args[0].model.policy.layers[-1].bias.data[0, 0] = float("nan")
-
-    before(script, path, happen)
 
 
 def full_disk(script, path, number, size):

@@ -127,12 +127,6 @@ def checkpoint(path):
     return torch.load(path if path.is_file() else directory(path) / "checkpoint.pt", weights_only=True)
 
 
-def column(state, k):
-    """Column k of the rows of a checkpoint's buffer, in the order of bmpc.Batch: (steps, E, ...)."""
-    obs, A = (state["progress"][name].shape[-1] for name in ("obs", "mean"))
-    return state["buffer"]["rows"].split([obs, A, 2 * A, 1, 1, obs], -1)[k]
-
-
 def numbers(cwd, speeds=False):
     """The lines (global_step, env_steps, tag, value) of the one metrics.csv below `cwd`, with or without speeds."""
     (path,) = Path(cwd).rglob("metrics.csv")
