@@ -102,17 +102,12 @@ def full_disk(script, path, number, size):
     before(script, path, limit)
 
 
-def hide(script, module):
-    """Makes `import module` fail, as where it is not installed."""
-    sys.modules[module] = None
+def hide(script, module, path="main", number=1):
+    """From the `number`-th call of `path` on, `import module` fails, as where it is not installed."""
+    before(script, path, lambda call, _: call == number and sys.modules.update({module: None}))
 
 
-def compile_only(script, *names):
-    """With --compile, compiles these of the functions worth compiling and leaves the others as they are."""
+def compile_only(script, name):
+    """With --compile, compiles this of the functions worth compiling and leaves the others as they are."""
     compiled = script.compiled
-
-    def some(args, device):
-        functions = compiled(args, device)
-        return script.Functions(**{name: getattr(functions, name) for name in names})
-
-    script.compiled = some
+    script.compiled = lambda *given: script.Functions(**{name: getattr(compiled(*given), name)})
