@@ -105,12 +105,6 @@ def finish(cwd, *flags, **options):
     return start(cwd, *flags, **options).wait()
 
 
-def until(condition, run):
-    """Waits for `condition()`; fails if the run ends first."""
-    patiently(lambda: run.code is not None or condition(), run)
-    assert run.code is None, f"ended early: {run}"
-
-
 def gone(run):
     """Whether every process of an ended run is gone, after a while if need be."""
     patiently(lambda: not run.processes(), run)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,10 +32,10 @@ RUN += "--no-initial-expert-from-behavior --td-target-use-ema-policy".split()
 TOY = "--learning-starts 12 --steps 80 --eval-freq 0 --log-freq 10 --checkpoint-freq 20 --iterations 1".split()
 
 
-def together(*calls):
-    """Results of calls made at the same time, in pairs."""
+def together(call, *arguments):
+    """`map`, two calls at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
+        return list(pool.map(call, *arguments))
 
 
 def struck(cwd, moments, *flags, code=-signal.SIGKILL, **options):
@@ -108,16 +107,21 @@ LATE = [
 SIBLINGS = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "make_expert", 9, "reanalyze")]
 
 
-def test_a_run_killed_at_chosen_moments_ends_as_if_it_had_not_been(reference, tmp_path):
-    together(*(lambda m=m: struck(tmp_path / str(len(m)), m, *RUN) for m in (EARLY, LATE)))
+def anywhere(seed):
+    """Counted in calls and returns, of which a run makes more than 240 000."""
+    return [("strike_anywhere", "SIGKILL", n) for n in random.Random(seed).sample(range(1, 150_000), 3)]
+
+
+@pytest.mark.parametrize("first, second", [(EARLY, LATE), (anywhere(1), anywhere(2))], ids=["chosen", "random"])
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(reference, tmp_path, first, second):
+    together(lambda name, moments: struck(tmp_path / name, moments, *RUN), "ab", (first, second))
     for cwd in tmp_path.iterdir():
         assert lost(reference, cwd) == [] and in_one_line(cwd)
 
 
 def whole_and_struck(cwd, moments, *flags, **options):
     """Two runs beside each other, one of them struck, that end with the same numbers."""
-    calls = (("whole", []), ("killed", moments))
-    together(*(lambda name=name, m=m: struck(cwd / name, m, *flags, **options) for name, m in calls))
+    together(lambda name, m: struck(cwd / name, m, *flags, **options), ("whole", "killed"), ([], moments))
     assert lost(cwd / "whole", cwd / "killed") == [] and in_one_line(cwd / "killed")
 
 
@@ -126,31 +130,12 @@ def test_the_scripts_beside_it_survive_too(tmp_path, script):
     whole_and_struck(tmp_path, SIBLINGS, *RUN, script=script)
 
 
-def kill_at_random(cwd, seed, span, kills):
-    """Kills the run that often, each time within so many calls and returns from its start, and lets it end."""
-    rng = random.Random(seed)
-    for _ in range(kills):
-        run = finish(cwd, *RUN, moments=[("strike_anywhere", "SIGKILL", rng.randrange(1, span))])
-        assert gone(run)
-        if run.code == 0:
-            return
-        assert run.code == -signal.SIGKILL, run
-    assert finish(cwd, *RUN).code == 0
-
-
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(reference, tmp_path):
-    together(*(lambda seed=seed: kill_at_random(tmp_path / str(seed), seed, 150_000, 3) for seed in (1, 2)))
-    for cwd in tmp_path.iterdir():
-        assert lost(reference, cwd) == [] and in_one_line(cwd)
-
-
 ASKED = [
     ("SIGUSR1", "act_randomly", 3),
     ("SIGTERM", "update", 9),  # pretraining
     ("SIGINT", "update", 20),  # in the middle of an iteration's updates
     ("SIGTERM", "Envs.step_wait", 5, "evaluate"),
     ("SIGINT", "Envs.step_wait", 25, "evaluate"),  # with the policy alone
-    ("SIGTERM", "reanalyze", 2),
     ("SIGUSR1", "save_checkpoint", 1),
     ("SIGTERM", "make_seed", 1, "enter_episodes"),
 ]
@@ -200,16 +185,13 @@ def test_where_an_episode_cannot_be_repeated_the_next_one_begins(tmp_path, task,
 
 def test_the_command_line_is_killed_asked_and_continued_from_outside(reference, tmp_path):
     command = [sys.executable, str(runs.ROOT / "bmpc.py"), "--task", "cartpole-swingup", *runs.TINY, *RUN]
-    for number, (name, code) in enumerate([("SIGKILL", -signal.SIGKILL), ("SIGTERM", bmpc.TRY_AGAIN), ("", 0)]):
-        out = tmp_path / f"out.{number}"
-        with open(out, "w") as file:
-            process = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
-        while name and not (process.poll() is None and "checkpoint at" in out.read_text()):
-            assert process.poll() is None, out.read_text()
-            time.sleep(0.05)
-        if name:
-            process.send_signal(getattr(signal, name))
-        assert process.wait(runs.PATIENCE) == code, out.read_text()
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    options = {"cwd": tmp_path, "env": buffered, "stdout": subprocess.PIPE, "text": True}
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, bmpc.TRY_AGAIN), (0, 0)):
+        process = subprocess.Popen(command, **options)
+        assert any("checkpoint at" in line for line in process.stdout)
+        process.send_signal(number)
+        assert process.wait(runs.PATIENCE) == code
     assert directory(tmp_path).name == "cartpole-swingup__bmpc__1" and lost(reference, tmp_path) == []
 
 
@@ -245,13 +227,11 @@ def test_compiled_too_a_run_that_is_killed_or_whose_compiler_is_ends_as_if_it_ha
 
 
 def test_a_second_process_on_the_directory_refuses(tmp_path):
-    state = lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0]
     first = start(tmp_path, *RUN, moments=[("strike", "SIGSTOP", "act_randomly", 3)])
-    runs.until(lambda: state() == "T", first)
-    others = finish(tmp_path, *RUN), finish(tmp_path, "--resume", directory(tmp_path))
+    runs.patiently(lambda: "checkpoint at" in first.said(), first)
+    second = finish(tmp_path, *RUN)
     os.kill(first.pid, signal.SIGKILL)
-    for other in others:
-        assert "in use by another process" in failed(other, 2)
+    assert "in use by another process" in failed(second, 2)
     assert first.wait().code == -signal.SIGKILL and gone(first)
 
 
@@ -319,7 +299,7 @@ def test_a_checkpoint_that_is_not_usable_is_named_and_nothing_changes(resumable,
     path = directory(resumable)
     DAMAGES[damage](path / "checkpoint.pt")
     before = {file: file.read_bytes() for file in path.iterdir()}
-    for flags in (SAME, ["--resume", str(path)], ["--evaluate", str(path)]):
+    for flags in (SAME, ["--resume", path], ["--evaluate", path]):
         with pytest.raises(bmpc.Failed, match=r"^\S*checkpoint.pt is not usable \(.*\); remove it"):
             opened(resumable, monkeypatch, *flags)
     assert {file: file.read_bytes() for file in path.iterdir()} == before
