@@ -849,14 +849,15 @@ class UpdateDraws(NamedTuple):
     """Every random number of an update but those of its reanalyze."""
 
     td: Tensor  # (R, td_horizon, T, B, A) normal
-    dropout: Tensor  # (Q, T, B, mlp_dim) uniform
+    dropout: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
 
 
 def draw_update(args, action_dim, generator):
     """The random numbers of one update."""
     T, B, draws = args.horizon, args.batch_size, generator("update")
     td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, generator=draws, device=draws.device)
-    dropout = torch.rand(args.num_q, T, B, args.mlp_dim, generator=draws, device=draws.device)
+    dropout = torch.empty(args.num_q, T, B, args.mlp_dim, device=draws.device)
+    dropout.bernoulli_(1 - args.dropout, generator=draws)  # compiled, a comparison would cost a CPU more
     return UpdateDraws(td, dropout)
 
 
@@ -901,7 +902,7 @@ def world_model_loss(model, batch, draws, args):
     policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
     y = td_target(model, policy, origin.detach(), draws.td, args)  # (Q or 1, R, T, B)
     target = two_hot(y, args).mean(1)  # (Q or 1, T, B, K); the cross-entropy is linear in it
-    keep = (draws.dropout >= args.dropout) / (1 - args.dropout)
+    keep = draws.dropout / (1 - args.dropout)
     value_logits = model.value(start[None], keep=keep)  # (Q, T, B, K)
     value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 

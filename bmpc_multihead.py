@@ -894,14 +894,15 @@ class UpdateDraws(NamedTuple):
     """Every random number of an update but those of its reanalyze."""
 
     td: Tensor  # (H or 1, R, td_horizon, T, B, A) normal [V5]
-    dropout: Tensor  # (Q, T, B, mlp_dim) uniform
+    dropout: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
 
 
 def draw_update(args, action_dim, generator):
     """The random numbers of one update."""
     T, B, draws = args.horizon, args.batch_size, generator("update")
     td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, generator=draws, device=draws.device)
-    dropout = torch.rand(args.num_q, T, B, args.mlp_dim, generator=draws, device=draws.device)
+    dropout = torch.empty(args.num_q, T, B, args.mlp_dim, device=draws.device)
+    dropout.bernoulli_(1 - args.dropout, generator=draws)  # compiled, a comparison would cost a CPU more
     td = td[None]
     if args.td_horizon > 1:  # [V5] from the second action on each head has draws of its own
         others = (args.planner_num_dynamics_heads - 1, *td.shape[1:])
@@ -953,7 +954,7 @@ def world_model_loss(model, batch, draws, args):
     policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
     y = td_target(model, policy, origin.detach(), draws.td, args)  # (Q or 1, R, T, B)
     target = two_hot(y, args).mean(1)  # (Q or 1, T, B, K); the cross-entropy is linear in it
-    keep = (draws.dropout >= args.dropout) / (1 - args.dropout)
+    keep = draws.dropout / (1 - args.dropout)
     value_logits = model.value(start[None], keep=keep)  # (Q, T, B, K)
     value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 

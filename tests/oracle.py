@@ -122,7 +122,7 @@ def world_model_loss(model, batch, draws, args):
     T, Q, R, H = args.horizon, args.num_q, args.num_rollouts, heads(args)
     td = draws.td if draws.td.dim() == 6 else draws.td[None]  # (H or 1, R, td_horizon, T, B, A)
     z_true, parts, ys = [network(model.encoder, 0, obs) for obs in [*batch.obs, batch.next_obs[-1]]], {}, []
-    keep = torch.where(draws.dropout < args.dropout, 0.0, 1 / (1 - args.dropout))
+    keep = draws.dropout / (1 - args.dropout)
     z = [[z_true[0]] for _ in range(H)]
 
     def add(name, value, t, of=1):

@@ -102,6 +102,13 @@ def test_networks_have_the_widths_asked_for_and_begin_small_rewards_and_values_a
         assert same(average.state_dict(), of.state_dict())
 
 
+def test_the_share_of_dropped_elements_is_the_dropout():
+    args = small_args(dropout=0.3, batch_size=64, mlp_dim=32)
+    kept = bmpc.draw_update(args, TASK.action_dim, named()).dropout
+    assert kept.shape == (args.num_q, args.horizon, 64, 32) and set(kept.unique().tolist()) == {0.0, 1.0}
+    assert kept.mean().item() == pytest.approx(0.7, abs=5 * math.sqrt(0.3 * 0.7 / kept.numel()))
+
+
 # --- against the second implementation
 
 

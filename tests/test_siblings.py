@@ -129,7 +129,7 @@ def size(script: str) -> dict[str, int]:
     }
 
 
-BUDGETS = {"lines": 1657, "statements": 1014, "tokens": 13339, "functions and classes": 117, "longest function": 58}
+BUDGETS = {"lines": 1658, "statements": 1015, "tokens": 13343, "functions and classes": 117, "longest function": 58}
 
 
 def test_the_base_stays_small():

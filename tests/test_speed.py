@@ -22,6 +22,7 @@ import bmpc_dual_policy
 import bmpc_multihead
 
 META = torch.device("meta")
+EMPTY = torch.ops.aten.empty.memory_format
 ALL_FLAGS = dict(
     td_target_use_ema_policy=True, policy_trust_region_coef=0.1, num_rollouts=2, encoder_consistency_coef=0.1,
     imagine_initial_source="replay_true", initial_expert_from_behavior=False, episodic=True, entropy_coef=1e-4,
@@ -157,7 +158,7 @@ def test_the_memory_of_the_default_run_is_what_readme_says(meta, size, kept, pea
 
 
 class Launches(TorchDispatchMode):
-    """Names the operations that would be launched on a GPU: all but those that look at a tensor another way.
+    """Names the operations that would be launched on a GPU: all but those that only make a tensor or a view of one.
 
     What is captured there, a function and the backward that follows from it, is one. What the host counts is none: in
     numpy, and in the only tensors of 64 bits that are added to.
@@ -180,7 +181,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         counting = str(function) == "aten.add_.Tensor" and args[0].itemsize == 8
-        if not (counting or function.is_view or function.namespace == "profiler"):
+        if not (counting or function.is_view or function.namespace == "profiler" or function == EMPTY):
             self.names.append(str(function))
         return function(*args, **kwargs or {})
 
