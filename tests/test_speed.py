@@ -212,6 +212,13 @@ def test_how_much_is_launched_beside_the_graphs(monkeypatch, script):
         assert len(singles) <= most, "\n".join(singles)
 
 
+def test_adam_is_fused_where_it_can_be_and_capturable_on_cuda_only():
+    for device, fused in ((torch.device("cpu"), True), (META, False)):
+        model = bmpc.WorldModel(TASK, small_args(), generator()).to(device)
+        for optimizer in bmpc.make_optimizers(model, small_args()):
+            assert (optimizer.defaults["fused"], optimizer.defaults["capturable"]) == (fused, False)
+
+
 def test_what_a_replay_returns_is_kept_before_the_next():
     """A captured graph overwrites what it returned at its next replay: what plans leave behind is a copy."""
     kept = torch.zeros(6, 2)

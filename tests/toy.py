@@ -33,7 +33,7 @@ class Toy(gym.Env):
     def render(self):
         if self.happen == "Render":
             os._exit(3)
-        raise NotImplementedError("this simulator has no pictures")
+        raise RuntimeError("this simulator has no pictures")
 
     def step(self, action):
         assert self.happen != "Terminates" or self.t < self.length  # nobody plays on
