@@ -15,8 +15,8 @@
 # - Seeds: ten of the baseline came first. Their areas differ by 18 % (the four seeds tried had promised 6), the
 #   policy's by 14 %. So the baseline has 30 seeds, a configuration 8: where seeds differ by s, a difference has a
 #   standard error of s sqrt(1/30 + 1/8), and a 95 % interval of +- 0.81 s (36 degrees of freedom), here 14.8 %. After
-#   Holm's correction a single difference has to be seen as 1.3 s. Pairs alone could hardly be told: the smallest p of
-#   eight is 1/128.
+#   Holm's correction a single difference has to be seen as 1.3 s. Pairs alone could never be told: the smallest p of
+#   eight is 1/128, and Holm's multiplies it by 23.
 # - All runs count; no configuration gets more seeds than the others, and nothing is changed after a look at them.
 # - Then 3a_combined, ten seeds: the best configuration of each question whose answer is "better"; if there is none,
 #   of each question the one with the highest estimate, if it is above 0 and costs less than a tenth of the speed.
