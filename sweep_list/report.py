@@ -202,7 +202,11 @@ class Difference:
             return "undecided"
         if self.p <= 0.05 and (self.low > 0 or self.high < 0):
             return "better" if self.low > 0 else "worse"
-        return f"no difference larger than {np.ceil(self.percent(max(abs(self.low), abs(self.high)))):.0f} %"
+        return f"no difference larger than {self.far:.0f} %"
+
+    @property
+    def far(self) -> float:
+        return np.ceil(self.percent(max(abs(self.low), abs(self.high))))
 
     @property
     def seeds(self) -> str:
@@ -323,6 +327,25 @@ def overview(groups: list[Group]) -> str:
         return text
     text += f" Pairing by seed reduces the variance of {sum(r < 1 for r in ratios)} of {len(ratios)} differences"
     return f"{text} (paired over unpaired: median {np.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f})."
+
+
+def summary(groups: list[Group]) -> str:
+    """A row a question: what its configurations are told to be, and the one with the highest estimate."""
+    lines = [["question", "answer", "highest estimate", "difference, %", "seeds", "speed"], ["---"] * 6]
+    for group in groups:
+        found, told = group.differences[PRIMARY], {}
+        for c, one in found.items():
+            told.setdefault(one.verdict.partition(" larger")[0], []).append(c)
+        far = [found[c].far for c in told.pop("no difference", [])]
+        words = [f"{verdict}: {', '.join(f'`{c}`' for c in names)}" for verdict, names in told.items()]
+        words += [f"no difference larger than {max(far):.0f} %" + " elsewhere" * bool(told)] if far else []
+        best = max(found, key=lambda c: found[c].apart.mean())
+        one, runs = found[best], group.configurations[best]
+        seeds = f"{sum(run.done for run in runs)}, baseline {sum(run.done for run in group.baseline)}"
+        estimate = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*map(one.percent, (one.apart.mean(), one.low, one.high)))
+        question = f"{group.runs[0].question} ({group.task})"
+        lines.append([question, "; ".join(words), f"`{best}`", estimate, seeds, cost(runs, group.baseline)])
+    return rows_of(lines)
 
 
 def coincidence(group: Group) -> list[str]:
@@ -448,6 +471,10 @@ def table(group: Group) -> str:
             cells.append(spread(measured(runs, *measure)) + (f"; {one}, p {one.p:.2g}" if one else ""))
         speed = spread(speeds(runs)) + (f", {cost(runs, group.baseline)}" if group.baseline else "")
         lines.append([*cells, speed])
+    return rows_of(lines)
+
+
+def rows_of(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -462,7 +489,7 @@ def page(runs: list[Run], out: Path) -> str:
     compared = [group for groups in sweeps.values() for group in groups if group.differences[PRIMARY]]
     if compared:
         draw_forest(compared, out / "figures" / "forest.png")
-        parts += ["## All configurations", overview(compared), "![Forest plot](figures/forest.png)"]
+        parts += ["## All configurations", overview(compared), summary(compared), "![Forest plot](figures/forest.png)"]
     for sweep, groups in sweeps.items():
         parts.append(f"## {groups[0].runs[0].question} ({sweep})")
         for group in groups:

@@ -184,6 +184,20 @@ def test_answers_are_corrected_for_every_configuration_of_the_report(lab):
     assert "for 2 configurations, cannot be below 0.062" in text and "variance of 2 of 2 differences" in text
 
 
+def test_a_row_for_each_question(lab):
+    """All verdicts, and the highest estimate with its interval in % of the baseline's area, three quarters of 100."""
+    base = np.arange(95.0, 106)
+    lab.seeds("1_test", "baseline", *base)
+    for name, far in (("a", 40), ("b", -40), ("c", 0), ("d", -50), ("e", 50)):
+        lab.seeds("2a_utd", name, *base + far)
+    lab.seeds("2d_num_rollouts", "f", *base, 100)
+    groups = lab.groups("2a_utd") + lab.groups("2d_num_rollouts")
+    first, second = report.summary(groups).splitlines()[2:]
+    told = "better: `a`, `e`; worse: `b`, `d`; no difference larger than 0 % elsewhere"
+    assert first == f"| Is it better? (dog-run) | {told} | `e` | +50.0 [+50.0, +50.0] | 11, baseline 11 | × 1.00 |"
+    assert re.search(r"no difference larger than [34] % \| `f` \| \+0.0 \[-[23]\.\d, \+[23]\.\d\] \| 12, base", second)
+
+
 def test_tasks_and_sizes_are_not_mixed(lab):
     """On a straight line to its three last evaluations a curve has three quarters of their height as its area."""
     for task, size, height in (("dog-run", "", 100), ("walker-walk", "", 900), ("dog-run", "0_small__", 10)):
