@@ -302,12 +302,19 @@ def group_runs(runs: list[Run]) -> dict[str, list[Group]]:  # sweep -> one group
     return {sweep: list(tasks.values()) for sweep, tasks in sweeps.items()}
 
 
+def unfinished(group: Group) -> list[str]:
+    """That runs are missing, if some are."""
+    done = [sum(run.done for run in runs) for runs in (group.runs, group.baseline)]
+    if done == [len(group.runs), len(group.baseline)]:
+        return []
+    beside = f", baseline {done[1]} of {len(group.baseline)}" if group.baseline else ""
+    return [f"**not enough data**: {done[0]} of {len(group.runs)} runs{beside}"]
+
+
 def answer(group: Group) -> list[str]:
     """The lines under a question: what the finished runs support, and no more."""
-    done = [sum(run.done for run in runs) for runs in (group.runs, group.baseline)]
-    if done != [len(group.runs), len(group.baseline)]:
-        beside = f", baseline {done[1]} of {len(group.baseline)}" if group.baseline else ""
-        return [f"**not enough data**: {done[0]} of {len(group.runs)} runs{beside}"]
+    if missing := unfinished(group):
+        return missing
     if group.baseline:
         text = "- `{}`: **{}**, {}; seeds a side that would tell a difference of this size: {}"
         lines = [text.format(c, one.verdict, one, one.seeds) for c, one in group.differences[PRIMARY].items()]
@@ -343,8 +350,8 @@ def summary(groups: list[Group]) -> str:
         one, runs = found[best], group.configurations[best]
         seeds = f"{sum(run.done for run in runs)}, baseline {sum(run.done for run in group.baseline)}"
         estimate = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*map(one.percent, (one.apart.mean(), one.low, one.high)))
-        question = f"{group.runs[0].question} ({group.task})"
-        lines.append([question, "; ".join(words), f"`{best}`", estimate, seeds, cost(runs, group.baseline)])
+        question, text = f"{group.runs[0].question} ({group.task})", "; ".join(unfinished(group) or words)
+        lines.append([question, text, f"`{best}`", estimate, seeds, cost(runs, group.baseline)])
     return rows_of(lines)
 
 

@@ -191,11 +191,13 @@ def test_a_row_for_each_question(lab):
     for name, far in (("a", 40), ("b", -40), ("c", 0), ("d", -50), ("e", 50)):
         lab.seeds("2a_utd", name, *base + far)
     lab.seeds("2d_num_rollouts", "f", *base, 100)
-    groups = lab.groups("2a_utd") + lab.groups("2d_num_rollouts")
-    first, second = report.summary(groups).splitlines()[2:]
+    lab.seeds("2e_imagine_source", "g", 1, 2).run("2e_imagine_source", "g", 3)
+    groups = [group for sweep in ("2a_utd", "2d_num_rollouts", "2e_imagine_source") for group in lab.groups(sweep)]
+    first, second, third = report.summary(groups).splitlines()[2:]
     told = "better: `a`, `e`; worse: `b`, `d`; no difference larger than 0 % elsewhere"
     assert first == f"| Is it better? (dog-run) | {told} | `e` | +50.0 [+50.0, +50.0] | 11, baseline 11 | × 1.00 |"
     assert re.search(r"no difference larger than [34] % \| `f` \| \+0.0 \[-[23]\.\d, \+[23]\.\d\] \| 12, base", second)
+    assert third.split(" | ")[1:3] == ["**not enough data**: 2 of 3 runs, baseline 11 of 11", "`g`"]
 
 
 def test_tasks_and_sizes_are_not_mixed(lab):
