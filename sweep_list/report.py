@@ -223,7 +223,11 @@ class Difference:
         return str(enough[0]) if len(enough) else "over 1000"
 
     def __str__(self) -> str:
-        return f"{self.apart.mean():+.1f}" + (f" [{self.low:+.1f}, {self.high:+.1f}]" if self.low <= self.high else "")
+        return with_interval(self.apart.mean(), self.low, self.high)
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if low <= high else "")
 
 
 def smallest_p(n, other_n, paired: bool):
@@ -349,7 +353,7 @@ def summary(groups: list[Group]) -> str:
         best = max(found, key=lambda c: found[c].apart.mean())
         one, runs = found[best], group.configurations[best]
         seeds = f"{sum(run.done for run in runs)}, baseline {sum(run.done for run in group.baseline)}"
-        estimate = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*map(one.percent, (one.apart.mean(), one.low, one.high)))
+        estimate = with_interval(*map(one.percent, (one.apart.mean(), one.low, one.high)))
         question, text = f"{group.runs[0].question} ({group.task})", "; ".join(unfinished(group) or words)
         lines.append([question, text, f"`{best}`", estimate, seeds, cost(runs, group.baseline)])
     return rows_of(lines)

@@ -198,6 +198,7 @@ def test_a_row_for_each_question(lab):
     assert first == f"| Is it better? (dog-run) | {told} | `e` | +50.0 [+50.0, +50.0] | 11, baseline 11 | × 1.00 |"
     assert re.search(r"no difference larger than [34] % \| `f` \| \+0.0 \[-[23]\.\d, \+[23]\.\d\] \| 12, base", second)
     assert third.split(" | ")[1:3] == ["**not enough data**: 2 of 3 runs, baseline 11 of 11", "`g`"]
+    assert third.split(" | ")[3] == "-98.5"  # two seeds give no interval
 
 
 def test_tasks_and_sizes_are_not_mixed(lab):
