@@ -135,7 +135,8 @@ def test_seeds():
     """They replace those of the settings and of a sweep that has its own, and reach what is included."""
     lines = Lab().dry_run("2c", "1_test", "--seeds", "1,2,3,4,5")
     assert found(lines) == planned(["1_test", "2c_expert_source"], (1, 2, 3, 4, 5))
-    for sweep, number in (("0_dog_run", 1), ("0_baseline", 5), ("0_ablations", 24), ("0_rehearsal", 24)):
+    numbers = {"0_dog_run": 1, "0_baseline": 5, "0_ablations": 24, "0_rehearsal": 24, "0_3a_combined": 2}
+    for sweep, number in numbers.items():
         lines = Lab().dry_run(sweep, SWEEPS_SEEDS="7,9")
         assert Counter(parse(line).seed for line in lines) == {7: number, 9: number}
     seeds = Counter(parse(line).seed for line in Lab().dry_run("0_ablations"))

@@ -1,0 +1,17 @@
+# shellcheck shell=bash
+# The plan's next step, at the size of 0_ablations and by the rule that stands there. Its eight seeds told one
+# configuration, utd_ratio_4, from the baseline. So of each other question the highest estimate goes with it, if it is
+# above 0 and costs less than a tenth of the speed:
+# - replay_true (2e) and coef_0.1__tau_0.01 (2g) do;
+# - 2b's, 2c's, 2d's and 2h's cost more, and 2f's is below 0.
+question "Do four updates a decision and what costs little add up?"
+seeds {1..10}
+flags --task cartpole-swingup --steps 10000 --learning-starts 1000 --eval-freq 1000 --eval-episodes 2 --num-q 5
+flags --num-samples 64 --num-elites 8 --num-pi-trajs 4 --iterations 4 --batch-size 64 --reanalyze-batch-size 5
+
+run bmpc.py combined --utd-ratio 4 --imagine-initial-source replay_true \
+  --td-target-use-ema-policy --policy-trust-region-coef 0.1 --policy-ema-tau 0.01
+
+baseline=0_ablations__1_test
+question "What does the baseline reach?"
+sweep=$baseline run bmpc.py baseline # the same runs
