@@ -9,9 +9,9 @@ seeds {1..10}
 flags --task cartpole-swingup --steps 10000 --learning-starts 1000 --eval-freq 1000 --eval-episodes 2 --num-q 5
 flags --num-samples 64 --num-elites 8 --num-pi-trajs 4 --iterations 4 --batch-size 64 --reanalyze-batch-size 5
 
+baseline=0_ablations__1_test
 run bmpc.py combined --utd-ratio 4 --imagine-initial-source replay_true \
   --td-target-use-ema-policy --policy-trust-region-coef 0.1 --policy-ema-tau 0.01
 
-baseline=0_ablations__1_test
 question "What does the baseline reach?"
 sweep=$baseline run bmpc.py baseline # the same runs
