@@ -184,8 +184,8 @@ def test_a_new_folder_is_a_new_sweep(lab):
     "arguments, words",
     [
         ([], "which sweep"),
-        (["2z"], "names 0 of: all 0_cpu/0_ablations/"),
-        (["0"], "names 6 of"),
+        (["2z"], "names 0 of: all 0_cpu/0_3a_combined/"),
+        (["0"], "names 7 of"),
         (["2a", "--jobs", "0"], "--jobs"),
         (["2a", "--jobs"], "--jobs"),
         (["2a", "--gpus", "0,"], "--gpus"),
