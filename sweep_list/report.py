@@ -332,7 +332,8 @@ def overview(groups: list[Group]) -> str:
     """Whether so few seeds can tell so many configurations apart, and what pairing gave."""
     found = [(c, one) for group in groups for c, one in group.differences[PRIMARY].items()]
     smallest = min(1, len(found) * min(one.smallest for _, one in found))
-    text = f"p, corrected for {len(found)} configurations, cannot be below {smallest:.2g} with these seeds."
+    tests = f"{len(found)} configuration{'s' * (len(found) != 1)}"
+    text = f"p, corrected for {tests}, cannot be below {smallest:.2g} with these seeds."
     ratios = [one.variance_ratio for c, one in found if c != BASELINE_AGAIN and one.variance_ratio >= 0]
     if not ratios:
         return text

@@ -290,13 +290,28 @@ def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
 def test_readme_has_the_answers():
     """The rows of the report's own summary, behind the sweep's number, without task and seeds, which are the same."""
     sweeps = report.group_runs(report.kept(ROOT / "results" / "ablations"))
-    asked = {sweep.split("__")[1].split("_")[0]: groups for sweep, groups in sweeps.items() if "1_test" not in sweep}
-    rows = report.summary(sum(asked.values(), [])).splitlines()[2:]
-    assert [*asked] == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h"]
-    for number, row in zip(asked, rows, strict=True):
+    sweeps |= report.group_runs(report.kept(ROOT / "results" / "3a_combined"))
+    asked = {sweep.split("0_")[-1].split("__")[-1].split("_")[0]: groups for sweep, groups in sweeps.items()}
+    del asked["1"]  # the baseline
+    rows = report.summary(sum((asked[number] for number in sorted(asked)), [])).splitlines()[2:]
+    assert sorted(asked) == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h", "3a"]
+    for number, row in zip(sorted(asked), rows, strict=True):
         question, *cells, seeds, speed = row.strip("| ").split(" | ")
         cells = [number, question.removesuffix(" (cartpole-swingup)"), *cells, speed]
-        assert f"\n| {' | '.join(cells)} |\n" in README and f" {seeds})" in README
+        assert f"\n| {' | '.join(cells)} |\n" in README
+        assert f"{'3a' if number == '3a' else 'seeds'}: {seeds}" in README
+
+
+def test_results_readme_tells_whether_more_than_the_updates_helps():
+    """3a beside the strongest of its parts, with the report's statistics."""
+    runs = [*report.kept(ROOT / "results" / "ablations"), *report.kept(ROOT / "results" / "3a_combined")]
+    measure = report.MEASURES[report.PRIMARY]
+    both, part = (
+        report.by_seed([r for r in runs if r.configuration == c], *measure) for c in ("combined", "utd_ratio_4")
+    )
+    one = report.difference(both, part)
+    estimate, low, high = map(one.percent, (one.apart.mean(), one.low, one.high))
+    assert f"{estimate:+.1f} % [{low:+.1f}, {high:+.1f}], p {one.p:.2f}" in (ROOT / "results/README.md").read_text()
 
 
 def test_readme_has_the_table():
