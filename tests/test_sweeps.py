@@ -145,6 +145,12 @@ def test_seeds():
     assert re.findall(r"waiting.*__bmpc__(\d)__2d", status.stdout) == ["3", "4", "5"] and status.returncode == 75
 
 
+def test_a_sweep_that_names_its_baseline_is_compared_with_it(tmp_path):
+    assert Lab(cwd=tmp_path).run("0_3a_combined", "--report").returncode == 0
+    page = (tmp_path / "runs/report/report.md").read_text()
+    assert "0 of 10 runs, baseline 0 of 10\n" in page
+
+
 TASKS = "cup-catch finger-turn-easy pointmass-easy dm_control/walker-walk-v0 gymnasium:Pendulum-v1".split()
 
 
