@@ -1,35 +1,45 @@
-"""BMPC with two policies: an optimistic one explores what the model's heads disagree on, a pessimistic one exploits.
+"""BMPC with two policies: an optimistic one for exploration and a pessimistic one for value targets and evaluation.
 
-BMPC: Bootstrapped Model Predictive Control (Wang et al., ICLR 2025, https://arxiv.org/abs/2503.18871). As multihead,
-  [V1] flags
-  [V2] the dynamics is a stack of H independent networks, rolled out side by side from one encoding
-  [V3] a plan reports how much the heads disagree on its elites, and what came of it; logged where H > 1
-  [V4] a candidate's score is the mean of its H x Q return estimates, plus a coefficient times their standard deviation;
-       acting (a separate first plan included), reanalyze and evaluation have a coefficient each
-  [V5] in value targets all heads share the first action; from the second on each head draws its own
-  [V6] the value heads share a target, or each bootstraps from its own target network
-  [V7] how far apart the heads' rollouts end; logged where H > 1
-  [V8] learning rates that grow with the size of the ensembles
-and, with --dual-policy-enabled:
-  [V9] flags, and what they may be
-  [V10] a second, optimistic policy with independent weights and an EMA copy and KL scale of its own
-  [V11] a row holds an expert for each policy: the first, pessimistic one's, then the optimistic one's
-  [V12] the optimistic policy proposes when acting, and its expert is planned with the acting coefficient; the
-        pessimistic one's expert is a plan of its own, at collection and in reanalyze, and only it evaluates and gives
-        value targets
-  [V13] each policy imitates its own experts; one loss, the sum, one optimizer, one clip
+BMPC: Bootstrapped Model Predictive Control (Wang et al., ICLR 2025, https://arxiv.org/abs/2503.18871). The differences
+from bmpc.py are marked in the code. As in bmpc_multihead.py:
 
-A planner (MPPI in the latent space of a learned world model, as in TD-MPC2, https://arxiv.org/abs/2310.16828) acts and
-is the expert; the policy imitates it; the value heads are those of the policy; policy and value guide the planner.
+    [V1] Flags.
+    [V2] The dynamics are a stack of H independent networks, rolled out side by side from one encoded state.
+    [V3] Each plan reports the disagreement of the heads about its elites; logged where H > 1.
+    [V4] The score of a candidate is the mean of its H x Q return estimates, plus a coefficient times their standard
+         deviation. Acting, reanalyze and evaluation have a coefficient each.
+    [V5] In value targets, all dynamics heads share the first action; later actions are sampled for each head.
+    [V6] The value heads share one target, or each bootstraps from its own target network.
+    [V7] The distance between the rollouts of the heads; logged where H > 1.
+    [V8] Learning rates that grow with the number of heads.
+
+And, with --dual-policy-enabled:
+
+    [V9] Flags, and their checks.
+    [V10] A second, optimistic policy with its own weights, EMA copy and KL scale.
+    [V11] Each transition has an expert for each policy.
+    [V12] Each policy imitates its own expert. The loss is the sum of both; they share an optimizer and gradient clip.
+    [V13] The optimistic policy proposes candidates when acting; its expert is planned with the coefficient of acting.
+          The expert of the pessimistic policy is planned separately, when acting and in reanalyze. Only the pessimistic
+          policy proposes candidates in evaluation and samples the actions of value targets.
 
     python bmpc_dual_policy.py --dual-policy-enabled --planner-num-dynamics-heads 2 --planner-value-std-coef-train 1
     python bmpc_dual_policy.py --dual-policy-enabled --planner-value-std-coef-train 1 --policy-value-std-coef -1
-    python bmpc_dual_policy.py --evaluate runs/dog-run__bmpc_dual_policy__1  # what a trained agent is worth
+    python bmpc_dual_policy.py --evaluate runs/dog-run__bmpc_dual_policy__1  # evaluate a trained agent
 
-The same command again continues a run that was stopped. Everything a run writes is in runs/<task>__<exp_name>__<seed>/.
+The same command resumes a run that was stopped. A run writes to runs/<task>__<exp_name>__<seed>/ only.
 
-Sections: Args - environment - math - networks - replay - planner - learning - evaluation - the run: its directory, log
-and checkpoint - the loop. Where this departs from the official and the JAX implementation, each with its flag: README.
+Dimensions in docstrings and shape comments; "..." stands for any leading dimensions:
+
+    B  windows in a batch             O  observation
+    T  horizon                        A  action
+    E  parallel environments          L  latent state
+    S  states planned at once         K  bins of a two-hot distribution
+    N  candidate action sequences     Q  value heads
+    P  of them from the policy        H  dynamics heads
+    R  imagined rollouts per state    C  capacity of the replay buffer, in vector steps
+
+results/README.md lists the differences from the authors' code, with the flag that undoes each of them.
 """
 
 import contextlib
@@ -52,10 +62,10 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -70,8 +80,8 @@ from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SIZES = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
-MODEL_SIZES = {  # that TD-MPC2's users know, in millions of parameters
+MODEL_SIZE_FIELDS = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
+MODEL_SIZES = {  # TD-MPC2's model sizes, named after their number of parameters in millions
     1: (256, 384, 128, 2, 2),
     5: (256, 512, 512, 2, 5),
     19: (1024, 1024, 768, 3, 5),
@@ -85,454 +95,336 @@ PRESETS = {
         latent_dim=128, num_samples=128, num_elites=16, num_pi_trajs=8, batch_size=128, reanalyze_batch_size=10,
     ),
 }  # fmt: skip
-SCRIPT = Path(__file__).name + ", format 2"  # of checkpoints; those of another are not read
-TRY_AGAIN = 75  # exit code of a run that was asked to stop: the same command continues it
 
 
-class Range(NamedTuple):
-    """What a number may be; stands in the type of its field."""
+# --- Arguments --------------------------------------------------------------------------------------------------------
 
-    text: str
-    holds: Callable
+
+class Constraint(NamedTuple):
+    """A condition on the value of an argument, attached to the type of its field."""
+
+    description: str
+    is_satisfied: Callable[[Any], Any]
 
 
 T = TypeVar("T")
-FREE = "a run that is continued may change it"
-Free = Annotated[T, FREE]
-Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
-Natural = Annotated[int, Range("at least 0", lambda x: x >= 0)]
-NonNegative = Annotated[float, Range("at least 0", lambda x: 0 <= x < math.inf)]
-Positive = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
-Unit = Annotated[float, Range("in (0, 1]", lambda x: 0 < x <= 1)]
-Name = Annotated[str, Range("without a slash", lambda x: "/" not in x)]
-Number = Annotated[float, Range("finite", math.isfinite)]
-Device = Annotated[str, Range("auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)]
+RESUMABLE = "may change when a run is resumed"
+Resumable = Annotated[T, RESUMABLE]
+PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
+NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
+NonNegativeFloat = Annotated[float, Constraint("at least 0", lambda x: 0 <= x < math.inf)]
+PositiveFloat = Annotated[float, Constraint("above 0", lambda x: 0 < x < math.inf)]
+FiniteFloat = Annotated[float, Constraint("finite", math.isfinite)]
+UnitFloat = Annotated[float, Constraint("in (0, 1]", lambda x: 0 < x <= 1)]
+NamePart = Annotated[str, Constraint("without a slash", lambda x: "/" not in x)]
+DeviceName = Annotated[str, Constraint("auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """BMPC: a planner over a learned world model, and a policy bootstrapped from it."""
+    """BMPC: MPPI planning over a learned world model, and a policy that imitates the planner."""
 
     # --- experiment
-    exp_name: Name = Path(__file__).stem
-    """name of the experiment, part of the run directory's name"""
-    run_name: Name = ""
-    """a further part of the run directory's name, to keep runs with other flags apart"""
-    seed: Annotated[int, Range("in [0, 2^32)", lambda x: 0 <= x < 2**32)] = 1
-    """seed of the experiment; every random number of a run follows from it"""
-    device: Free[Device] = "auto"
-    """auto (CUDA if there is one), cpu, cuda or cuda:N"""
-    torch_deterministic: Free[bool] = True
-    """ask torch for deterministic kernels, so that a seed gives the same numbers twice on one machine"""
-    track: Free[bool] = False
-    """also log to Weights & Biases (needs `pip install wandb`)"""
-    wandb_project_name: Free[str] = "bmpc"
+    exp_name: NamePart = Path(__file__).stem
+    """name of the experiment; part of the name of the run directory"""
+    run_name: NamePart = ""
+    """suffix of the name of the run directory, to keep runs with different flags apart"""
+    seed: Annotated[int, Constraint("in [0, 2^32)", lambda x: 0 <= x < 2**32)] = 1
+    """seed of the experiment; every random number of a run is derived from it"""
+    device: Resumable[DeviceName] = "auto"
+    """auto (CUDA if available), cpu, cuda or cuda:N"""
+    torch_deterministic: Resumable[bool] = True
+    """use deterministic torch kernels, so that a seed gives the same numbers again on the same machine"""
+    track: Resumable[bool] = False
+    """also log to Weights & Biases (requires `pip install wandb`)"""
+    wandb_project_name: Resumable[str] = "bmpc"
     """the Weights & Biases project"""
-    wandb_entity: Free[str | None] = None
+    wandb_entity: Resumable[str | None] = None
     """the Weights & Biases entity (team or user)"""
-    capture_video: Free[bool] = False
-    """write an mp4 of evaluation episode 0 at every evaluation (needs EGL or OSMesa on a machine without display)"""
-    profile: Free[bool] = False
-    """write trace.json, what the run's time went into, for Perfetto; for a run of a few hundred decisions"""
-    eval_freq: Free[Natural] = 10_000
-    """decisions between evaluations; 0: none"""
-    eval_episodes: Free[Count] = 10
-    """episodes of an evaluation, with the planner and again with the policy alone"""
-    log_freq: Free[Natural] = 1_000
-    """decisions between two lines of losses and speed; 0: none"""
-    checkpoint_freq: Free[Natural] = 10_000
-    """decisions between checkpoints; 0: only at the end and when asked to stop"""
-    resume: Free[str] = ""
-    """RUN_DIR: continue that run, its arguments standing in for the flags that are not given"""
-    evaluate: Free[str] = ""
-    """RUN_DIR: evaluate its checkpoint, print both returns and train nothing"""
+    capture_video: Resumable[bool] = False
+    """record episode 0 of every evaluation as an mp4 file (without a display, this requires EGL or OSMesa)"""
+    profile: Resumable[bool] = False
+    """write a profile of the run to trace.json, for Perfetto; meant for runs of a few hundred decisions"""
+    eval_freq: Resumable[NonNegativeInt] = 10_000
+    """decisions between two evaluations; 0: never evaluate"""
+    eval_episodes: Resumable[PositiveInt] = 10
+    """episodes per evaluation, first with the planner, then with the policy alone"""
+    log_freq: Resumable[NonNegativeInt] = 1_000
+    """decisions between two log entries of losses and speed; 0: never log them"""
+    checkpoint_freq: Resumable[NonNegativeInt] = 10_000
+    """decisions between two checkpoints; 0: only when the run ends or is stopped"""
+    resume: Resumable[str] = ""
+    """RUN_DIR: resume this run; its arguments replace the defaults"""
+    evaluate: Resumable[str] = ""
+    """RUN_DIR: evaluate the agent of this run, print its returns and exit"""
     preset: Literal["full", "small"] = "full"
-    """small: other defaults, with which two CPU cores learn a small task in a quarter of an hour"""
+    """small: other defaults, with which a CPU learns an easy task in a quarter of an hour"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
-    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0) or a Gymnasium id with a bounded Box of actions"""
+    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or a Gymnasium id with bounded float actions"""
     env_kwargs: str = "{}"
-    """further keywords of gymnasium.make, as JSON: '{"env_name": "reach-v3"}'"""
-    num_envs: Count = 4
-    """environments stepped at once, each in its own process (official: 1; JAX: 4)"""
-    action_repeat: Count | None = None
-    """simulator steps per decision, rewards summed; None: 2 for dm_control, 1 elsewhere"""
+    """more keyword arguments of gymnasium.make, as JSON: '{"env_name": "reach-v3"}'"""
+    num_envs: PositiveInt = 4
+    """parallel environments, each in its own process (official: 1; JAX: 4)"""
+    action_repeat: PositiveInt | None = None
+    """simulator steps per decision; their rewards are summed. None: 2 for dm_control, 1 otherwise"""
     episodic: bool = False
-    """learn when episodes terminate; needed where the environment ends episodes other than by a time limit"""
-    discount: Unit | None = None
-    """gamma per decision; None: clip((n/denom - 1)/(n/denom), min, max) for episodes of n decisions (TD-MPC2)"""
-    discount_denom: Positive = 5.0
-    """denom of the discount's formula"""
-    discount_min: Unit = 0.95
-    """lower bound of the discount's formula"""
-    discount_max: Unit = 0.995
-    """upper bound of the discount's formula"""
+    """learn to predict terminations; required where episodes can end other than by a time limit"""
+    discount: UnitFloat | None = None
+    """discount per decision; None: clip((n/denom - 1)/(n/denom), min, max) for episodes of n decisions (TD-MPC2)"""
+    discount_denom: PositiveFloat = 5.0
+    """denom in the formula of the discount"""
+    discount_min: UnitFloat = 0.95
+    """min in the formula of the discount"""
+    discount_max: UnitFloat = 0.995
+    """max in the formula of the discount"""
 
     # --- learning
-    total_timesteps: Free[Annotated[Count, tyro.conf.arg(aliases=["--steps"])]] = 200_000
+    total_timesteps: Resumable[Annotated[PositiveInt, tyro.conf.arg(aliases=["--steps"])]] = 200_000
     """decisions of the whole run, summed over environments (env_steps = decisions x action_repeat)"""
-    learning_starts: Count = 2_500
-    """decisions with random actions first, and then as many pretraining updates of the world model (JAX: 10 000)"""
-    utd_ratio: Positive = 1.0
-    """updates per decision, read as an exact decimal: 0.5 is one every second decision. Sweep 2a: do more updates per
-    decision learn faster?"""
-    batch_size: Count = 256
-    """windows of a batch"""
-    buffer_size: Count = 1_000_000
-    """rows of the replay buffer; it is no larger than the run needs"""
-    lr: Positive = 3e-4
-    """learning rate of both Adams"""
-    enc_lr_scale: Positive = 1.0
-    """the encoder's learning rate is lr times this (official, TD-MPC2: 0.3)"""
-    grad_clip_norm: Positive = 20.0
-    """bound of the gradient's norm, over the world model and over the policy"""
-    tau: Unit = 0.01
-    """step of the target value heads towards the online ones, per update"""
-    rho: Positive = 0.5
-    """a step t of the rollout weighs rho^t in all losses"""
+    learning_starts: PositiveInt = 2_500
+    """decisions with random actions, followed by as many pretraining updates of the world model (JAX: 10 000)"""
+    utd_ratio: PositiveFloat = 1.0
+    """updates per decision, read as an exact decimal: 0.5 is one update every two decisions. Sweep 2a: do more updates
+    per decision speed up learning?"""
+    batch_size: PositiveInt = 256
+    """windows in a batch"""
+    buffer_size: PositiveInt = 1_000_000
+    """maximum number of rows in the replay buffer; it never allocates more than the run needs"""
+    lr: PositiveFloat = 3e-4
+    """learning rate of the world model and the policy"""
+    enc_lr_scale: PositiveFloat = 1.0
+    """the learning rate of the encoder is lr times this (official, TD-MPC2: 0.3)"""
+    grad_clip_norm: PositiveFloat = 20.0
+    """maximum norm of the gradient, of the world model and of the policy separately"""
+    tau: UnitFloat = 0.01
+    """step size of the exponential moving average that makes the target value heads"""
+    rho: PositiveFloat = 0.5
+    """step t of a rollout has weight rho^t in every loss"""
     normalize_rho_weights: bool = True
     """divide these weights by their sum; off: by the horizon (official)"""
-    td_horizon: Count = 1
+    td_horizon: PositiveInt = 1
     """imagined steps before the value target bootstraps"""
-    consistency_coef: NonNegative = 10.0
-    """weight of the latent consistency loss (official: 20, without normalized weights)"""
-    reward_coef: NonNegative = 0.1
+    consistency_coef: NonNegativeFloat = 10.0
+    """weight of the latent consistency loss (official: 20, with weights that are not normalized)"""
+    reward_coef: NonNegativeFloat = 0.1
     """weight of the reward loss"""
-    value_coef: NonNegative = 0.1
+    value_coef: NonNegativeFloat = 0.1
     """weight of the value loss"""
-    termination_coef: NonNegative = 1.0
+    termination_coef: NonNegativeFloat = 1.0
     """weight of the termination loss (with --episodic)"""
-    entropy_coef: NonNegative = 0.0
-    """weight of the policy's entropy bonus (official: 1e-4)"""
+    entropy_coef: NonNegativeFloat = 0.0
+    """weight of the entropy bonus of the policy (official: 1e-4)"""
     kl_reduction: Literal["mean", "sum"] = "mean"
-    """the KL over action dimensions (JAX: sum)"""
+    """reduction of the KL divergence over the dimensions of the action (JAX: sum)"""
 
     # --- model
     model_size: Literal[1, 5, 19, 48, 317] = 5
-    """millions of parameters, TD-MPC2's sizes; fills the sizes below that are None"""
-    enc_dim: Count | None = None
-    """width of the encoder's hidden layers"""
-    mlp_dim: Count | None = None
+    """millions of parameters (TD-MPC2's sizes); sets each of the following sizes that is None"""
+    enc_dim: PositiveInt | None = None
+    """width of the hidden layers of the encoder"""
+    mlp_dim: PositiveInt | None = None
     """width of all other hidden layers"""
-    latent_dim: Count | None = None
+    latent_dim: PositiveInt | None = None
     """size of the latent state"""
-    num_enc_layers: Count | None = None
-    """layers of the encoder, the last one included"""
-    simnorm_dim: Count = 8
+    num_enc_layers: PositiveInt | None = None
+    """layers of the encoder, including the last"""
+    simnorm_dim: PositiveInt = 8
     """size of a SimNorm group (TD-MPC2)"""
-    num_q: Count | None = None
-    """value heads (official: 2)"""
-    num_bins: Count = 101
+    num_q: PositiveInt | None = None
+    """number of value heads (official: 2)"""
+    num_bins: PositiveInt = 101
     """bins of the two-hot distributions of rewards and values"""
-    vmin: Number = -10.0
-    """first bin, in symlog units"""
-    vmax: Number = 10.0
-    """last bin, in symlog units"""
-    dropout: Annotated[float, Range("in [0, 1)", lambda x: 0 <= x < 1)] = 0.01
-    """dropout of the value heads' first layer, in the value loss only"""
-    log_std_min: Number = -5.0
-    """lower end of the policy's log std (official: -3)"""
-    log_std_max: Number = 1.0
-    """upper end of the policy's log std"""
+    vmin: FiniteFloat = -10.0
+    """position of the first bin, in symlog units"""
+    vmax: FiniteFloat = 10.0
+    """position of the last bin, in symlog units"""
+    dropout: Annotated[float, Constraint("in [0, 1)", lambda x: 0 <= x < 1)] = 0.01
+    """dropout in the first layer of the value heads, only in the value loss"""
+    log_std_min: FiniteFloat = -5.0
+    """minimum log std of the policy (official: -3)"""
+    log_std_max: FiniteFloat = 1.0
+    """maximum log std of the policy"""
 
     # --- planning
-    horizon: Count = 3
-    """T: steps of a plan, and of the windows the model is trained on"""
-    iterations: Count = 6
+    horizon: PositiveInt = 3
+    """T: steps of a plan, and of the windows that the model is trained on"""
+    iterations: PositiveInt = 6
     """iterations of MPPI"""
-    extra_iterations: Natural = 2
-    """further iterations where the action has 20 dimensions or more"""
-    num_samples: Count = 512
-    """N: candidates of an iteration, the policy's included"""
-    num_elites: Count = 64
-    """candidates the next mean and std are made from"""
-    num_pi_trajs: Natural = 24
-    """P: candidates that the policy proposes"""
-    min_std: Positive = 0.1
-    """lower bound of the plan's std (official: 0.05; JAX: 0)"""
-    max_std: Positive = 2.0
-    """first std of the plan, and its upper bound"""
-    temperature: Positive = 0.5
-    """an elite's weight is softmax(temperature x return)"""
+    extra_iterations: NonNegativeInt = 2
+    """additional iterations where the action has 20 dimensions or more"""
+    num_samples: PositiveInt = 512
+    """N: candidate action sequences per iteration, including those of the policy"""
+    num_elites: PositiveInt = 64
+    """best candidates, from which the next mean and std are computed"""
+    num_pi_trajs: NonNegativeInt = 24
+    """P: candidate sequences sampled from the policy"""
+    min_std: PositiveFloat = 0.1
+    """minimum std of a plan (official: 0.05; JAX: 0)"""
+    max_std: PositiveFloat = 2.0
+    """initial and maximum std of a plan"""
+    temperature: PositiveFloat = 0.5
+    """the weights of the elites are softmax(temperature x return)"""
     eval_sample_elite: bool = False
-    """evaluation plays a drawn elite instead of the best one (official)"""
+    """in evaluation, execute a sampled elite instead of the best (official)"""
 
     # --- expert
-    reanalyze_interval: Natural = 10
-    """updates between two reanalyses; 0: never"""
-    reanalyze_batch_size: Count = 20
-    """windows of the batch whose states are planned anew"""
-    reanalyze_horizon: Count | None = None
+    reanalyze_interval: NonNegativeInt = 10
+    """updates between two calls of reanalyze; 0: never reanalyze"""
+    reanalyze_batch_size: PositiveInt = 20
+    """windows of the batch whose states are planned again"""
+    reanalyze_horizon: PositiveInt | None = None
     """horizon of these plans; None: horizon"""
-    reanalyze_log_std_min: Number | None = None
-    """the policy's range when it proposes in reanalyze; None: log_std_min (official: -2)"""
-    reanalyze_log_std_max: Number | None = None
-    """None: log_std_max (official: 1)"""
-    expert_std_scale: Positive = 1.5
-    """the expert's std is multiplied by this in the policy loss (official: 1)"""
-    expert_std_min: NonNegative = 0.1
-    """and is at least this (official: 0)"""
+    reanalyze_log_std_min: FiniteFloat | None = None
+    """minimum log std of the policy's candidates in reanalyze; None: log_std_min (official: -2)"""
+    reanalyze_log_std_max: FiniteFloat | None = None
+    """maximum log std of the policy's candidates in reanalyze; None: log_std_max (official: 1)"""
+    expert_std_scale: PositiveFloat = 1.5
+    """in the policy loss, the std of the expert is multiplied by this (official: 1)"""
+    expert_std_min: NonNegativeFloat = 0.1
+    """in the policy loss, the std of the expert is at least this (official: 0)"""
 
     # --- speed
-    compile: Free[bool] = True
-    """compile planning and learning with torch.compile (a warning and eager mode where there is no compiler)"""
-    cudagraphs: Free[bool] = True
-    """replay the compiled functions as CUDA graphs (CUDA only, with --compile)"""
-    matmul_precision: Free[Literal["highest", "high", "medium"]] = "high"
-    """float32 matrix products on CUDA: high is TF32"""
+    compile: Resumable[bool] = True
+    """compile planning and losses with torch.compile (without a compiler: a warning, and eager mode)"""
+    cudagraphs: Resumable[bool] = True
+    """run the compiled functions as CUDA graphs (CUDA only, with --compile)"""
+    matmul_precision: Resumable[Literal["highest", "high", "medium"]] = "high"
+    """precision of float32 matrix products on CUDA; high is TF32"""
 
     # --- ablations
     reanalyze_use_chosen_action: bool = True
-    """the expert's mean is the chosen action; off: the plan's mean (JAX). Sweep 2c: which target should the policy
-    imitate?"""
+    """the mean of the expert is the chosen action; off: the mean of the plan (JAX). Sweep 2c: which target should the
+    policy imitate?"""
     chosen_action_noise: bool = True
-    """the chosen action at collection is the executed one, exploration noise included; off: the drawn elite (official).
-    Goes with sweep 2c"""
+    """when acting, the chosen action is the executed one, with exploration noise; off: the sampled elite (official).
+    Belongs to sweep 2c"""
     initial_expert_from_behavior: bool = True
-    """a row's first expert is the plan that chose its action; off: a separate plan beside it. Sweep 2c: does the
-    warm-started acting plan make a better first target?"""
-    num_rollouts: Count = 1
-    """imagined trajectories per state in the value target. Sweep 2d: does their mean reduce variance?"""
+    """the first expert of a row is the plan that was executed; off: a separate plan. Sweep 2c: is the plan that starts
+    from the previous one a better first target?"""
+    num_rollouts: PositiveInt = 1
+    """R: imagined rollouts per state for the value target. Sweep 2d: does averaging them reduce variance?"""
     imagine_initial_source: Literal["replay_rollout", "replay_true"] = "replay_rollout"
-    """states at which values are predicted: the model's rollout, or true encodings. Sweep 2e: which teach better?"""
+    """states at which values are trained: those of the model's rollout, or encoded observations. Sweep 2e: which are
+    better?"""
     td_target_initial_source: Literal["replay_true", "same"] = "replay_true"
-    """states at which the imagination behind value targets starts: true encodings (BMPC), or those of
-    imagine_initial_source. Goes with sweep 2e"""
-    encoder_consistency_coef: NonNegative = 0.0
-    """weight of the consistency loss with its gradient into the encoder. Sweep 2f: does it help representation?"""
+    """states from which value targets are imagined: encoded observations (BMPC), or the states chosen by
+    imagine_initial_source. Belongs to sweep 2e"""
+    encoder_consistency_coef: NonNegativeFloat = 0.0
+    """weight of a consistency loss whose gradient flows into the encoder. Sweep 2f: does it improve the encoder?"""
     td_target_use_ema_policy: bool = False
-    """an exponential moving average of the policy acts in value targets. Sweep 2g: do steadier targets help?"""
-    policy_ema_tau: Unit = 0.01
-    """step of that average towards the policy, per policy update. Sweep 2g: how fast should it follow?"""
-    policy_trust_region_coef: NonNegative = 0.0
-    """weight of KL(ema || policy) in the policy loss, relative to the expert's KL. Sweep 2g: does holding the policy
-    back stabilize learning?"""
+    """value targets use an exponential moving average (EMA) of the policy. Sweep 2g: do slower targets help?"""
+    policy_ema_tau: UnitFloat = 0.01
+    """step size of this average, per policy update. Sweep 2g: how fast should it follow the policy?"""
+    policy_trust_region_coef: NonNegativeFloat = 0.0
+    """weight of KL(EMA policy || policy) in the policy loss, relative to the KL to the expert. Sweep 2g: does a trust
+    region stabilize learning?"""
     # [V1] sweep 2b
-    planner_num_dynamics_heads: Count = 1
-    """H: dynamics networks with independent weights. Sweep 2b: does an ensemble make a better planner?"""
-    planner_value_std_coef_train: Number = 0.0
-    """weight of the std of a candidate's H x Q return estimates in its score when acting: above 0 explores what the
-    heads disagree on, below 0 avoids it. Sweep 2b: does seeking disagreement explore better?"""
-    planner_value_std_coef_eval: Number = 0.0
-    """the same in evaluation"""
-    reanalyze_value_std_coef: Number = 0.0
-    """the same in reanalyze, whose plans the policy imitates"""
+    planner_num_dynamics_heads: PositiveInt = 1
+    """H: dynamics networks with independent weights. Sweep 2b: does an ensemble improve the planner?"""
+    planner_value_std_coef_train: FiniteFloat = 0.0
+    """weight of the standard deviation of a candidate's H x Q return estimates in its score when acting: above 0 the
+    planner seeks disagreement of the heads, below 0 it avoids it. Sweep 2b: does seeking it improve exploration?"""
+    planner_value_std_coef_eval: FiniteFloat = 0.0
+    """the same weight in evaluation"""
+    reanalyze_value_std_coef: FiniteFloat = 0.0
+    """the same weight in reanalyze, whose plans the policy imitates"""
     local_td_bootstrap: bool = False
-    """each value head's target is made by its own target network; off: all share the mean. Sweep 2b: do independent
+    """each value head bootstraps from its own target network; off: all share the mean target. Sweep 2b: do independent
     targets keep the value heads diverse?"""
     ensemble_lr_scaling: bool = False
-    """learning rate of the dynamics heads times H, of the value heads times Q / 5: each loss is a mean over heads"""
+    """multiply the learning rate of the dynamics heads by H and that of the value heads by Q / 5, since the loss is a
+    mean over heads"""
     # [V9] sweep 2h
     dual_policy_enabled: bool = False
-    """a second, optimistic policy proposes when acting, the first, pessimistic one in evaluation and value targets.
-    Sweep 2h: does optimism that stays out of the values explore better?"""
-    policy_value_std_coef: Number = 0.0
-    """with two policies, weight of the std in the scores of the plans that the pessimistic policy imitates"""
+    """add an optimistic policy, which proposes candidates when acting; the other, pessimistic policy does so in
+    evaluation and makes value targets. Sweep 2h: does optimism improve exploration if it stays out of the values?"""
+    policy_value_std_coef: FiniteFloat = 0.0
+    """with two policies, weight of the standard deviation in the scores of the plans that the pessimistic policy
+    imitates"""
 
 
-class Refused(Exception):
-    """Asked for the impossible: one line for the user, exit code 2."""
+def resolve_algorithm_args(args: Args) -> Args:
+    """Replace every None that follows from other arguments."""
+    defaults = dict(zip(MODEL_SIZE_FIELDS, MODEL_SIZES[args.model_size], strict=True)) | {
+        "reanalyze_horizon": args.horizon,
+        "reanalyze_log_std_min": args.log_std_min,
+        "reanalyze_log_std_max": args.log_std_max,
+    }
+    return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
 
 
-class Failed(Exception):
-    """What ends a run early: one line for the user, exit code 1."""
-
-
-# --- Environment ------------------------------------------------------------------------------------------------------
-
-
-class TaskInfo(NamedTuple):
-    """What the agent must know of a task: sizes of observation and action, decisions of an episode (None: no limit)."""
-
-    obs_dim: int
-    action_dim: int
-    episode_length: int | None
-
-
-def first_line(e):
-    """An exception on one line."""
-    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
-
-
-def resolve_env_id(task):
-    """The Gymnasium id of a task: `dog-run`, `cup-catch` as TD-MPC2 spells them; with a module or version it stands."""
-    if re.search(r":|^(?!dm_control/).*-v\d+$", task):  # `module:Id-v0` imports the module that registers the id
-        return task
-    try:
-        import shimmy  # noqa: F401 dm_control's tasks
-    except Exception as e:  # besides ImportError what the renderer that MUJOCO_GL names may raise
-        raise Refused(f"dm_control cannot be imported: {first_line(e)}") from e
-    domain, dash, name = task.removeprefix("dm_control/").removesuffix("-v0").partition("-")
-    domain = {"cup": "ball_in_cup", "pointmass": "point_mass"}.get(domain, domain)
-    return f"dm_control/{domain}{dash}{name.replace('-', '_')}-v0"
-
-
-class Worker(gym.Wrapper):
-    """What an environment's process adds: action repeat and pictures."""
-
-    def __init__(self, env, repeat):
-        super().__init__(env)
-        self.repeat = repeat
-
-    def reset(self, *, seed=None, options=None):
-        return self.env.reset(seed=seed)[0], {}
-
-    def step(self, action):
-        """`repeat` steps or until the episode ends; rewards are summed, without discount (TD-MPC2)."""
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, _ = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, {}
-
-    def picture(self):
-        """The scene (height, width, 3); None where this environment is not filmed or cannot be."""
-        try:
-            return self.env.render() if self.env.render_mode else None
-        except Exception as e:  # whatever a graphics driver may raise: a video is not worth a run
-            print(f"warning: rendering failed: {first_line(e)}", file=sys.stderr, flush=True)
-            self.picture = lambda: None  # a second try may end the process
-
-
-def make_env(args, render=False):
-    """One environment: flat float32 observations, actions in [-1, 1], `action_repeat` simulator steps a decision.
-
-    Raises Refused for what this agent cannot play: images, actions that are not a bounded Box.
-    """
-    make = functools.partial(gym.make, args.env_id, disable_env_checker=True, **json.loads(args.env_kwargs))
-    try:
-        env = make(render_mode="rgb_array") if render else make()
-    except TypeError:  # not every constructor knows render_mode
-        env = make()
-    obs, action = env.observation_space, env.action_space
-    if len(obs.shape or ()) > 2 or not isinstance(gym.spaces.flatten_space(obs), gym.spaces.Box):
-        raise Refused(f"{args.env_id} has observations {obs}; only vectors are supported, not images")
-    is_box = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
-    if not is_box or np.abs([action.low, action.high]).max() >= 1e6:
-        raise Refused(f"{args.env_id} has the action space {action}; a bounded Box of floats is needed")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
-    env = gym.wrappers.TransformAction(env, lambda a: a.reshape(action.shape), gym.spaces.flatten_space(action))
-    return Worker(gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0)), args.action_repeat)
-
-
-def inspect_task(args):
-    """What the task is. Raises Refused if it cannot be made or played."""
-    try:
-        env = make_env(args)
-    except Exception as e:  # whatever a constructor may raise
-        raise e if isinstance(e, Refused) else Refused(f"{args.env_id} cannot be made: {first_line(e)}") from e
-    own = getattr(env.unwrapped, "_env", None)  # dm_control keeps its limit to itself, in simulator steps
-    limit = env.spec.max_episode_steps or getattr(own, "_step_limit", math.inf)
-    length = math.ceil(limit / args.action_repeat) if math.isfinite(limit) else None
-    return TaskInfo(env.observation_space.shape[0], env.action_space.shape[0], length)
-
-
-def make_seed(seed, *name):
-    """A seed made from (seed, *name): of an episode (environment, episode), or of a generator."""
-    words = " ".join(map(str, (seed, *name)))
-    return int(np.random.SeedSequence(list(words.encode())).generate_state(1)[0])
-
-
-@contextlib.contextmanager
-def simulating():
-    """Whatever goes wrong in a simulator, as Failed."""
-    try:
-        yield
-    except (EOFError, ConnectionError) as e:  # the other end of the pipe is gone
-        traceback.clear_frames(e.__traceback__)  # of the message half sent, at which Python 3.12's collector crashes
-        raise Failed(f"the process of an environment died: {first_line(e)}") from e
-    except Exception as e:  # raised inside an environment and passed on by gymnasium
-        raise Failed(f"an environment failed: {first_line(e)}") from e
-
-
-class Envs(AsyncVectorEnv):
-    """Environments in worker processes, each episode reset with a seed of its own.
-
-    Without autoreset: an episode's true last observation is seen before the next begins. Raises Failed when an
-    environment fails, its process dies, or what it returns is not finite.
-    """
-
-    @simulating()
-    def __init__(self, args, num_envs, film=False):
-        self.seed, makers = args.seed, [functools.partial(make_env, args, film and i == 0) for i in range(num_envs)]
-        super().__init__(makers, context="fork", autoreset_mode=AutoresetMode.DISABLED)
-
-    def reset(self, mask, episodes, obs=0.0):
-        """Begins `episodes`, known by their names, where `mask` (E,) says so: obs (E, O) with their first ones."""
-        if not mask.any():
-            return obs
-        seeds = [make_seed(self.seed, *name) for name in episodes]
-        with simulating():
-            first, _ = super().reset(seed=seeds, options={"reset_mask": mask})
-        return np.where(mask[:, None], self.finite(first), obs)
-
-    call = simulating()(AsyncVectorEnv.call)
-    step_async = simulating()(AsyncVectorEnv.step_async)  # the simulators run while the caller does something else
-
-    def step_wait(self):
-        """obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,)."""
-        with simulating():
-            obs, reward, terminated, truncated, _ = super().step_wait()
-        return self.finite(obs), self.finite(reward, "a reward"), terminated, truncated
-
-    def finite(self, values, what="an observation"):
-        bad = ~np.isfinite(values).reshape(self.num_envs, -1).all(1)
-        if bad.any():
-            raise Failed(f"environment {bad.argmax()} returned {what} that is not finite")
-        return values
-
-    def close_extras(self, **options):  # the workers do not listen to requests to end, and dead ones cannot
-        for process in self.processes:
-            process.kill()
+def check_algorithm_args(args: Args) -> Iterable[tuple[bool, str]]:
+    """Yield pairs of a condition that the resolved arguments must satisfy together, and the error if they do not."""
+    low, high = args.reanalyze_log_std_min, args.reanalyze_log_std_max
+    yield low <= high, f"--reanalyze-log-std-min is {low}, above --reanalyze-log-std-max {high}"
+    yield (
+        args.reanalyze_batch_size <= args.batch_size,
+        f"--reanalyze-batch-size is {args.reanalyze_batch_size}, above --batch-size {args.batch_size}",
+    )
+    yield (  # [V9]
+        args.reanalyze_value_std_coef == 0 or not args.dual_policy_enabled,
+        "--reanalyze-value-std-coef is for one policy; with two policies, give --policy-value-std-coef",
+    )
+    yield (  # [V9]
+        args.policy_value_std_coef == 0 or args.dual_policy_enabled,
+        "--policy-value-std-coef requires --dual-policy-enabled",
+    )
 
 
 # --- Math -------------------------------------------------------------------------------------------------------------
 
 
-def symlog(x):
-    """sign(x) log(1 + |x|) (DreamerV3)."""
+def symlog(x: Tensor) -> Tensor:
+    """Compute sign(x) log(1 + |x|) (DreamerV3)."""
     return torch.sign(x) * torch.log1p(x.abs())
 
 
-def symexp(x):
-    """The inverse of symlog."""
+def symexp(x: Tensor) -> Tensor:
+    """Invert symlog."""
     return torch.sign(x) * torch.expm1(x.abs())
 
 
-def two_hot(x, args):
-    """Scalars (...) as distributions (..., K): symlog(x), clipped to the bins, shared by the two bins beside it."""
-    position = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * ((args.num_bins - 1) / (args.vmax - args.vmin))
+def two_hot(x: Tensor, args: Args) -> Tensor:
+    """Encode scalars (...) as distributions (..., K) over bins.
+
+    symlog(x) is clipped to the range of the bins, and its probability is shared by the two bins next to it.
+    """
+    bins_per_unit = (args.num_bins - 1) / (args.vmax - args.vmin)
+    position = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit
     bins = torch.arange(args.num_bins, device=x.device, dtype=x.dtype)
     return (1 - (position.unsqueeze(-1) - bins).abs()).clamp(min=0)  # (..., K)
 
 
-def two_hot_inv(logits, args):
-    """The scalar (...) whose symlog is the mean of the distribution softmax(logits) (..., K)."""
+def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
+    """Decode logits (..., K) to scalars (...): symexp of the mean bin."""
     bins = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
 
-def soft_cross_entropy(logits, target):
-    """-sum_k target_k log softmax(logits)_k: (..., K), (..., K) -> (...)."""
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Compute the cross-entropy of logits (..., K) to target distributions (..., K): (...)."""
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
-def gaussian_kl(mean_p, std_p, mean_q, std_q):
-    """KL(p || q) of diagonal Gaussians, per dimension: (..., A) -> (..., A)."""
+def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """Compute KL(p || q) of diagonal Gaussians for each dimension: (..., A)."""
     return torch.log(std_q / std_p) + (std_p.square() + (mean_p - mean_q).square()) / (2 * std_q.square()) - 0.5
 
 
-def rho_weights(args, like):
-    """lambda_t = rho^t / sum rho^t, or rho^t / T (official), as a tensor (T,)."""
+def rho_weights(args: Args, like: Tensor) -> Tensor:
+    """Compute the weights of the T rollout steps: rho^t / sum rho^t, or rho^t / T (official)."""
     weights = args.rho ** torch.arange(args.horizon, device=like.device, dtype=like.dtype)
     return weights / (weights.sum() if args.normalize_rho_weights else args.horizon)
 
 
-def mish(x):
-    """x tanh(softplus(x)). Compiled, its algebraic form is one fused pass; eager, F.mish is one kernel."""
+def mish(x: Tensor) -> Tensor:
+    """Compute x tanh(softplus(x)).
+
+    Its algebraic form needs one exponential. The compiler fuses it into one pass over memory, which takes half the
+    time of F.mish on a CPU; without a compiler, F.mish is faster.
+    """
     if not torch.compiler.is_compiling():
         return F.mish(x)
     e = torch.exp(x.clamp(max=20.0))
@@ -540,142 +432,190 @@ def mish(x):
     return x * n / (n + 2)
 
 
-def simnorm(x, group):
-    """Softmax over groups of `group` neighbours (TD-MPC2): (..., L) -> (..., L)."""
-    return x.unflatten(-1, (-1, group)).softmax(-1).flatten(-2)
+def simnorm(x: Tensor, group_size: int) -> Tensor:
+    """Apply a softmax to each group of neighboring elements (TD-MPC2): (..., L) -> (..., L)."""
+    return x.unflatten(-1, (-1, group_size)).softmax(-1).flatten(-2)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 #
-# Every network is a stack of `heads` independent networks with the same input and output sizes; most are a stack of
-# one, which takes inputs with any leading dimensions. Otherwise the first dimension is the head's: (heads, ..., in), or
-# (1, ..., in) for an input that all heads share.
+# Every network is a stack of `heads` independent networks of the same shape. The encoder, the policy and the reward are
+# stacks of one head. An input has the shape (heads, ..., in), or (1, ..., in) if all heads share it; a stack of one
+# head accepts any leading dimensions.
 
 
-def stacked_product(x, weight):
-    """x (heads or 1, ..., in), weight (heads, in, out) -> (heads, ..., out), in one product."""
+def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x (heads or 1, ..., in) by weight (heads, in, out) in one product: (heads, ..., out)."""
     if len(weight) == 1:
         return x @ weight[0]
     return torch.bmm(x.flatten(1, -2).expand(len(weight), -1, -1), weight).unflatten(1, x.shape[1:-1])
 
 
-class Layer(nn.Module):
-    """A stack of layers: linear, (dropout), and where there is an activation LayerNorm before it.
+class Linear(nn.Module):
+    """A stack of linear layers. Weights are initialized from a truncated normal with std 0.02, biases with 0."""
 
-    Truncated normal weights of std 0.02, biases 0.
-    """
-
-    def __init__(self, heads, inputs, outputs, generator, activation):
+    def __init__(self, heads: int, in_dim: int, out_dim: int, generator: torch.Generator):
         super().__init__()
-        weight = torch.empty(heads, inputs, outputs)
+        weight = torch.empty(heads, in_dim, out_dim)
         self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=0.02, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(heads, outputs))
-        self.activation = activation
-        if activation:
-            self.scale = nn.Parameter(torch.ones(heads, outputs))
-            self.shift = nn.Parameter(torch.zeros(heads, outputs))
+        self.bias = nn.Parameter(torch.zeros(heads, out_dim))
 
-    def forward(self, x, a, keep, heads):
-        """The layer on x, or on the concatenation [x, a]; `keep`: the dropout mask over the probability to keep.
+    def forward(self, x: Tensor, a: Tensor | None = None, heads: slice = slice(None)) -> Tensor:
+        """Apply the layer to x, or to the concatenation [x, a].
 
-        The leading dimensions of x and a need only broadcast. Where they differ the product with [x, a] is the sum of
-        two: what many rows share (the latent state of all candidates at t = 0) is multiplied once.
+        The leading dimensions of x and a only have to broadcast. If they differ, the two parts of [x, a] are multiplied
+        separately. So a latent state that all candidates share is multiplied once.
         """
         if a is not None and a.shape[:-1] == x.shape[:-1]:
-            x, a = torch.cat([x, a], -1), None
-        weight, split = self.weight[heads], x.shape[-1]
-        x = stacked_product(x, weight[:, :split])
+            x = torch.cat([x, a], -1)
+            a = None
+        weight = self.weight[heads]
+        y = stacked_matmul(x, weight[:, : x.shape[-1]])
         if a is not None:
-            x = x + stacked_product(a, weight[:, split:])
-        per_head = lambda parameter: parameter[heads].view(len(weight), *[1] * (x.dim() - 2), -1)
-        x = x + per_head(self.bias)
-        if keep is not None:
-            x = x * keep
-        if not self.activation:
-            return x
-        return self.activation(F.layer_norm(x, x.shape[-1:]) * per_head(self.scale) + per_head(self.shift))
+            y = y + stacked_matmul(a, weight[:, x.shape[-1] :])
+        return y + broadcast_heads(self.bias[heads], y)
+
+
+def broadcast_heads(parameter: Tensor, x: Tensor) -> Tensor:
+    """Reshape parameter (heads, out) so that it broadcasts with x (heads, ..., out)."""
+    return parameter.view(len(parameter), *[1] * (x.dim() - 2), -1)
+
+
+class NormedLinear(Linear):
+    """A stack of linear layers, each followed by dropout (optional), LayerNorm and an activation (TD-MPC2)."""
+
+    def __init__(
+        self, heads: int, in_dim: int, out_dim: int, generator: torch.Generator, activation: Callable[[Tensor], Tensor]
+    ):
+        super().__init__(heads, in_dim, out_dim, generator)
+        self.activation = activation
+        self.ln_weight = nn.Parameter(torch.ones(heads, out_dim))
+        self.ln_bias = nn.Parameter(torch.zeros(heads, out_dim))
+
+    def forward(
+        self, x: Tensor, a: Tensor | None = None, heads: slice = slice(None), dropout_mask: Tensor | None = None
+    ) -> Tensor:
+        """Apply the layer to x, or to [x, a]. dropout_mask (heads, ..., out): 0, or 1 over the probability to keep."""
+        y = super().forward(x, a, heads)
+        if dropout_mask is not None:
+            y = y * dropout_mask
+        y = F.layer_norm(y, y.shape[-1:])
+        return self.activation(y * broadcast_heads(self.ln_weight[heads], y) + broadcast_heads(self.ln_bias[heads], y))
 
 
 class MLP(nn.Module):
-    """A stack of networks: layers with LayerNorm and Mish, then a linear one, or one with the activation `last`."""
+    """A stack of MLPs: NormedLinear layers with Mish, then a Linear layer, or NormedLinear with output_activation."""
 
-    def __init__(self, sizes, generator, heads=1, last=None):
+    def __init__(
+        self,
+        dims: list[int],
+        generator: torch.Generator,
+        heads: int = 1,
+        output_activation: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__()
-        *hidden, (inputs, outputs) = zip(sizes, sizes[1:], strict=False)
-        layers = [Layer(heads, i, o, generator, mish) for i, o in hidden]
-        self.layers = nn.ModuleList([*layers, Layer(heads, inputs, outputs, generator, last)])
+        *hidden_dims, (last_in, last_out) = zip(dims, dims[1:], strict=False)
+        self.layers = nn.ModuleList(NormedLinear(heads, i, o, generator, mish) for i, o in hidden_dims)
+        if output_activation is None:
+            self.layers.append(Linear(heads, last_in, last_out, generator))
+        else:
+            self.layers.append(NormedLinear(heads, last_in, last_out, generator, output_activation))
 
-    def forward(self, x, a=None, keep=None, heads=None):
-        """Those heads of the stack, or all: at once, or on a CPU one by one, as what each computes stays in its cache.
+    def forward(self, x: Tensor, a: Tensor | None = None, dropout_mask: Tensor | None = None) -> Tensor:
+        """Apply all heads to x, or to [x, a]: (heads, ..., out). Dropout acts on the first layer.
 
-        The action enters, and dropout acts, on the first layer.
+        On a CPU the heads are computed one after the other, so that the activations of a head stay in the cache.
         """
-        all_heads = len(self.layers[0].weight)
-        if heads is None and all_heads > 1 and x.device.type == "cpu":
-            of = lambda x, head: x if x is None or x.shape[0] == 1 else x[head]
-            each = [slice(h, h + 1) for h in range(all_heads)]
-            return torch.cat([self(of(x, head), of(a, head), of(keep, head), head) for head in each])
-        for layer in self.layers:
-            x, a, keep = layer(x, a, keep, heads or slice(None)), None, None
+        heads = len(self.layers[0].weight)
+        if heads == 1 or x.device.type != "cpu":
+            return self.forward_heads(x, a, dropout_mask, slice(None))
+        select = lambda y, head: y if y is None or len(y) == 1 else y[head]
+        slices = [slice(h, h + 1) for h in range(heads)]
+        return torch.cat([self.forward_heads(select(x, h), select(a, h), select(dropout_mask, h), h) for h in slices])
+
+    def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice) -> Tensor:
+        """Apply some of the heads at once."""
+        first, *others = self.layers
+        x = first(x, a, heads, dropout_mask)
+        for layer in others:
+            x = layer(x, heads=heads)
         return x
 
 
 class WorldModel(nn.Module):
-    """Encoder, latent dynamics, reward, value heads (and their target), policy; termination and EMA policy if asked.
+    """All networks: encoder, latent dynamics, reward, value heads, policy, and the moving averages of the last two.
 
-    With leading dimensions `...`: encoder (..., O) -> (..., L); dynamics (H, ..., L), (1, ..., A) -> (H, ..., L);
-    reward (..., L), (..., A) -> (..., K) logits; value (1, ..., L) -> (Q, ..., K) logits; policy (..., L) -> (..., 2A).
+    encoder (..., O) -> (..., L)                      dynamics (H, ..., L), (1, ..., A) -> (H, ..., L)
+    reward (..., L), (..., A) -> (..., K) logits      value (1, ..., L) -> (Q, ..., K) logits
+    policy (..., L) -> (..., 2A)                      termination (..., L) -> (..., 1) logit, only with --episodic
     """
 
-    def __init__(self, task, args, init):
+    def __init__(self, task: "TaskInfo", args: Args, generator: torch.Generator):
         super().__init__()
-        obs, action, latent, bins = task.obs_dim, task.action_dim, args.latent_dim, args.num_bins
         hidden = [args.mlp_dim] * 2
-        encoder = [obs] + [args.enc_dim] * (args.num_enc_layers - 1) + [latent]
-        to_latent = functools.partial(simnorm, group=args.simnorm_dim)
-        self.encoder = MLP(encoder, init, last=to_latent)
-        heads = args.planner_num_dynamics_heads  # [V2]
-        self.dynamics = MLP([latent + action, *hidden, latent], init, heads=heads, last=to_latent)
-        self.reward = MLP([latent + action, *hidden, bins], init)
-        self.value = MLP([latent, *hidden, bins], init, heads=args.num_q)
+        encoder_dims = [task.obs_dim] + [args.enc_dim] * (args.num_enc_layers - 1) + [args.latent_dim]
+        state_action_dim = args.latent_dim + task.action_dim
+        latent_activation = functools.partial(simnorm, group_size=args.simnorm_dim)
+        self.encoder = MLP(encoder_dims, generator, output_activation=latent_activation)
+        self.dynamics = MLP(
+            [state_action_dim, *hidden, args.latent_dim],
+            generator,
+            heads=args.planner_num_dynamics_heads,  # [V2]
+            output_activation=latent_activation,
+        )
+        self.reward = MLP([state_action_dim, *hidden, args.num_bins], generator)
+        self.value = MLP([args.latent_dim, *hidden, args.num_bins], generator, heads=args.num_q)
         for network in (self.reward, self.value):
             nn.init.zeros_(network.layers[-1].weight)
-        self.policy = MLP([latent, *hidden, 2 * action], init)
-        self.termination = MLP([latent, *hidden, 1], init) if args.episodic else None
-        self.target_value = copy.deepcopy(self.value).requires_grad_(False)  # moving averages follow the originals
-        uses_ema = args.td_target_use_ema_policy or args.policy_trust_region_coef > 0
-        self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False) if uses_ema else None
-        self.optimistic_policy = self.optimistic_ema_policy = None  # [V10]
-        if args.dual_policy_enabled:
-            variant = make_generator(args.seed, "variant policy", "cpu")
-            self.optimistic_policy = MLP([latent, *hidden, 2 * action], variant)
-            self.optimistic_ema_policy = (
-                copy.deepcopy(self.optimistic_policy).requires_grad_(False) if uses_ema else None
-            )
-        self.register_buffer("kl_scale", torch.ones(2 if args.dual_policy_enabled else ()))  # S, of each policy
+        self.policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], generator)
+        self.termination = MLP([args.latent_dim, *hidden, 1], generator) if args.episodic else None
+        self.target_value = copy.deepcopy(self.value).requires_grad_(False)
+        needs_ema_policy = args.td_target_use_ema_policy or args.policy_trust_region_coef > 0
+        self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False) if needs_ema_policy else None
+        self.optimistic_policy = None  # [V10]
+        self.optimistic_ema_policy = None  # [V10]
+        if args.dual_policy_enabled:  # [V10]
+            variant_generator = seeded_generator(args.seed, "variant policy", device="cpu")
+            self.optimistic_policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], variant_generator)
+            if needs_ema_policy:
+                self.optimistic_ema_policy = copy.deepcopy(self.optimistic_policy).requires_grad_(False)
+        # Running scale of the KL, see update_kl_scale; one for each policy [V10]
+        self.register_buffer("kl_scale", torch.ones(2 if args.dual_policy_enabled else ()))
 
 
-def policy_gaussian(policy, z, args):
-    """The policy's mean, squashed, and std at z: (..., L) -> (..., A), (..., A)."""
-    (mean, log_std), low, high = policy(z).chunk(2, -1), args.log_std_min, args.log_std_max
-    return torch.tanh(mean), torch.exp(low + 0.5 * (high - low) * (torch.tanh(log_std) + 1))
+def policy_gaussian(policy: nn.Module, z: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Compute mean and std of the policy at z (..., L): (..., A), (..., A). The mean is squashed by tanh."""
+    mean, log_std = policy(z).chunk(2, -1)
+    low, high = args.log_std_min, args.log_std_max
+    log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1)
+    return torch.tanh(mean), torch.exp(log_std)
 
 
-def sample_action(policy, z, eps, args):
-    """Actions drawn from the policy at z (..., L) by eps (..., A), normal: (..., A)."""
+def sample_action(policy: nn.Module, z: Tensor, eps: Tensor, args: Args) -> Tensor:
+    """Sample actions (..., A) from the policy at z (..., L), given standard normal noise eps (..., A)."""
     mean, std = policy_gaussian(policy, z, args)
     return (mean + std * eps).clamp(-1, 1)
 
 
-def imagine(model, z, act, steps, value, args):
-    """What the model expects of `steps` steps from z (H or 1, ..., L), the action of step t being act(t, z).
+def rollout_return(
+    model: WorldModel,
+    z: Tensor,
+    select_action: Callable[[int, Tensor], Tensor],
+    steps: int,
+    value: nn.Module,
+    args: Args,
+) -> tuple[Tensor, Tensor]:
+    """Roll the model out from z and predict the return, in two parts. Both the planner and the TD target use it.
 
-    Returns the discounted rewards (H, ...) and discounted value at the end (Q, H, ...). Once the termination head is
-    more than half sure that the episode ended, nothing counts.
+    z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
+    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). Rewards and
+    values that follow a predicted termination (probability above 0.5) count as 0.
     """
-    rewards, alive, discount = 0.0, 1.0, 1.0
+    rewards = 0.0
+    alive = 1.0
+    discount = 1.0
     for t in range(steps):
-        a = act(t, z)
+        a = select_action(t, z)
         rewards = rewards + discount * alive * two_hot_inv(model.reward(z, a), args)
         z = model.dynamics(z, a)  # (H, ..., L)
         if args.episodic:
@@ -684,1095 +624,1744 @@ def imagine(model, z, act, steps, value, args):
     return rewards, discount * alive * two_hot_inv(value(z[None]), args)
 
 
-# --- Replay -----------------------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """B windows of T rows of one episode; `place` is where they are in the buffer."""
-
-    obs: Tensor  # (T, B, O)
-    action: Tensor  # (T, B, A)
-    expert: Tensor  # (T, B, 2, A) mean and std; with two policies (T, B, 4, A) [V11]
-    reward: Tensor  # (T, B)
-    terminated: Tensor  # (T, B)
-    next_obs: Tensor  # (T, B, O)
-    place: Tensor  # (T, B) int64, step % C * E + environment
-
-
-class ReplayBuffer:
-    """A ring of C steps on the device. A row is a decision of one environment, a step the rows of all E.
-
-    The host knows at which rows a window begins: T consecutive rows of one episode, finished or not.
-    """
-
-    def __init__(self, args, task, device):
-        E, A = args.num_envs, task.action_dim
-        C = min(args.buffer_size // E, math.ceil(args.total_timesteps / E))  # what the run needs
-        self.horizon, self.capacity = args.horizon, C
-        experts = 1 + args.dual_policy_enabled  # [V11]
-        self.widths = [task.obs_dim, A, 2 * A * experts, 1, 1, task.obs_dim]  # [V11] in the order of Batch
-        self.rows = torch.from_numpy(np.zeros((C, E, sum(self.widths)), np.float32)).to(device)  # lazily on a CPU
-        self.begins = np.zeros((C, E), bool)  # whether a window does, at each row
-        self.windows = np.zeros(0, np.int64)  # the rows at which one does
-        self.age = np.zeros(E, np.int64)  # decisions of the episodes under way
-        self.step = 0  # steps stored so far
-
-    def columns(self, rows, place=None):
-        """Rows (..., D) as a Batch."""
-        obs, action, expert, reward, terminated, next_obs = rows.split(self.widths, -1)
-        expert = expert.unflatten(-1, (-1, action.shape[-1]))
-        return Batch(obs, action, expert, reward.squeeze(-1), terminated.squeeze(-1), next_obs, place)
-
-    def add(self, obs, action, expert, reward, terminated, next_obs, ended):
-        """Stores a step: (E, O), (E, A), (E, 2, A), (E,), (E,), the true next obs (E, O), on the host (E,)."""
-        row = [obs, action, expert.flatten(1), reward[:, None], terminated[:, None], next_obs]
-        torch.cat(row, 1, out=self.rows[self.step % self.capacity])
-        self.begins[self.step % self.capacity] = False
-        self.age += 1
-        self.step += 1
-        self.begins[(self.step - self.horizon) % self.capacity] = self.age >= self.horizon
-        self.windows = np.flatnonzero(self.begins)  # here, as several updates follow a step
-        self.age[ended] = 0
-
-    def sample(self, u):
-        """Windows drawn uniformly from all that exist, by uniform numbers u (B,) in [0, 1), on the host."""
-        T, C, E = self.horizon, self.capacity, len(self.age)
-        if not len(self.windows):
-            raise Refused(f"the replay holds no {T} decisions of one episode; raise --learning-starts or --buffer-size")
-        first = self.windows[(u * len(self.windows)).astype(np.int64)]  # (B,)
-        place = to_device((first + E * np.arange(T)[:, None]) % (C * E), self.rows.device)  # (T, B)
-        return self.columns(self.rows.flatten(0, 1)[place], place)
-
-    def state_dict(self):
-        """All that was ever written to."""
-        host = {"begins": torch.from_numpy(self.begins[: self.step].copy()), "age": torch.from_numpy(self.age.copy())}
-        return host | {"step": self.step, "rows": self.rows[: self.step].to("cpu", copy=True)}
-
-    def load_state_dict(self, state):
-        self.step = state["step"]
-        self.rows[: self.step].copy_(state["rows"])
-        self.begins[: self.step], self.age[:] = state["begins"], state["age"]
-        self.windows = np.flatnonzero(self.begins)
-
-
 # --- Planner: MPPI in latent space ------------------------------------------------------------------------------------
 
 
-class PlanDraws(NamedTuple):
-    """Every random number of S plans, drawn beforehand so that a plan is a pure function."""
+class PlanNoise(NamedTuple):
+    """All random numbers of S plans. They are sampled beforehand, so that `plan` is a pure function."""
 
-    proposals: Tensor  # (S, P, T, A) normal
-    samples: Tensor  # (S, iterations, N-P, T, A) normal
+    policy: Tensor  # (S, P, T, A) standard normal
+    candidates: Tensor  # (S, iterations, N-P, T, A) standard normal
     elite: Tensor  # (S, num_elites) uniform
-    noise: Tensor  # (S, A) normal
+    action: Tensor  # (S, A) standard normal
 
 
 class Plan(NamedTuple):
-    """S plans."""
+    """The result of S plans."""
 
-    action: Tensor  # (S, A) the action to execute
-    elite: Tensor  # (S, A) the first action of the drawn elite
-    best: Tensor  # (S, A) the first action of the best elite
+    action: Tensor  # (S, A) first action of the sampled elite, with exploration noise
+    elite_action: Tensor  # (S, A) first action of the sampled elite
+    best_action: Tensor  # (S, A) first action of the best elite
     mean: Tensor  # (S, T, A)
-    std: Tensor  # (S, A) of the first action
-    value: Tensor  # (S,) the drawn elite's return
-    report: Tensor  # (S, 3) [V3] of the elites: the heads' std, the bonus's share of the scores, the policy's proposals
+    std: Tensor  # (S, A) std of the first action
+    value: Tensor  # (S,) predicted return of the sampled elite
+    diagnostics: Tensor  # (S, 3) [V3] means over elites: std over heads, share of the bonus, share of the policy
 
 
-def draw_plan(args, states, action_dim, horizon, generator):
-    """The random numbers of `states` plans."""
-    iterations, P = args.iterations + (args.extra_iterations if action_dim >= 20 else 0), args.num_pi_trajs
-    normal = lambda *shape: torch.randn(states, *shape, generator=generator, device=generator.device)
-    proposals, samples = normal(P, horizon, action_dim), normal(iterations, args.num_samples - P, horizon, action_dim)
-    uniform = torch.rand(states, args.num_elites, generator=generator, device=generator.device)
-    return PlanDraws(proposals, samples, uniform, normal(action_dim))
+def sample_plan_noise(
+    num_states: int, horizon: int, action_dim: int, args: Args, generator: torch.Generator
+) -> PlanNoise:
+    """Sample the random numbers of `num_states` plans."""
+    iterations = args.iterations + (args.extra_iterations if action_dim >= 20 else 0)
+    num_candidates = args.num_samples - args.num_pi_trajs
+    normal = lambda *shape: torch.randn(num_states, *shape, generator=generator, device=generator.device)
+    policy = normal(args.num_pi_trajs, horizon, action_dim)
+    candidates = normal(iterations, num_candidates, horizon, action_dim)
+    elite = torch.rand(num_states, args.num_elites, generator=generator, device=generator.device)
+    return PlanNoise(policy, candidates, elite, normal(action_dim))
 
 
-def score(rewards, values, std_coef):
-    """[V4] Scores of candidates, -1e9 where not finite, and the heads' spread: (H, S, N), (Q, H, S, N) -> (2, S, N)."""
-    returns = rewards.mean(0) + values.mean((0, 1))
-    estimates = rewards + values  # (Q, H, S, N) [V4] one for each pair of a dynamics and a value head
-    spread = (estimates - estimates.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, N) their population's std
-    if std_coef != 0:
-        returns = returns + std_coef * spread
-    return torch.stack([returns.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9), spread.nan_to_num(0.0, 0.0, 0.0)])
+def candidate_scores(rewards: Tensor, values: Tensor, std_coef: float) -> Tensor:
+    """Score candidates and compute the std over heads: (H, S, N), (Q, H, S, N) -> (2, S, N). [V4]
 
-
-@torch.compiler.nested_compile_region  # compiled once, not once per iteration
-def refine(model, z, mean, std, proposals, proposal_scores, noise, args, std_coef):  # [V4]
-    """One iteration of MPPI: z (S, L), mean and std (S, T, A), proposals (S, P, T, A), scores, noise (S, N-P, T, A).
-
-    Returns the new mean and std, the elites (S, num_elites, T, A), best first, their scores and weights.
+    The score is the mean of the H x Q predicted returns plus std_coef times their population std. Not finite: -1e9.
     """
-    # Sample action sequences and score them
+    scores = rewards.mean(0) + values.mean((0, 1))
+    estimates = rewards + values  # (Q, H, S, N) [V4]
+    std = (estimates - estimates.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, N) [V4]
+    if std_coef != 0:  # [V4]
+        scores = scores + std_coef * std
+    return torch.stack([scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9), std.nan_to_num(0.0, 0.0, 0.0)])  # [V4]
+
+
+@torch.compiler.nested_compile_region  # compiled once instead of once per iteration
+def mppi_iteration(
+    model: WorldModel,
+    z: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    policy_actions: Tensor,
+    policy_scores: Tensor,
+    noise: Tensor,
+    args: Args,
+    std_coef: float,  # [V4]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # [V3]
+    """Sample candidates, score them and refit mean and std to the elites.
+
+    z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (2, S, P); noise: (S, N-P, T, A).
+    Returns mean and std (S, T, A), elites (S, num_elites, T, A), best first, their scores and weights (S, num_elites),
+    and diagnostics (S, 3). [V3] [V4]
+    """
+    # Sample action sequences and predict their returns
     samples = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # (S, N-P, T, A)
     steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A)
-    chosen = lambda t, z: steps[None, t]  # (1, S, N-P, A)
-    expected = imagine(model, z[None, :, None], chosen, len(steps), model.value, args)  # at t = 0 all share z
-    scores, spread = torch.cat([proposal_scores, score(*expected, std_coef)], 2)  # (S, N) [V4]
-    actions = torch.cat([proposals, samples], 1)  # (S, N, T, A)
+    select_action = lambda t, z: steps[None, t]  # (1, S, N-P, A)
+    shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
+    returns = rollout_return(model, shared_z, select_action, len(steps), model.value, args)
+    scores, head_std = torch.cat([policy_scores, candidate_scores(*returns, std_coef)], 2)  # (S, N) each [V4]
+    actions = torch.cat([policy_actions, samples], 1)  # (S, N, T, A)
 
-    # Elites and their weights
-    elite_scores, elite = scores.topk(args.num_elites, dim=1)
-    elites = actions.take_along_dim(elite[:, :, None, None], 1)  # (S, num_elites, T, A)
+    # Select the elites and weight them by their scores
+    elite_scores, elite_index = scores.topk(args.num_elites, dim=1)
+    elites = actions.take_along_dim(elite_index[:, :, None, None], 1)  # (S, num_elites, T, A)
     weights = torch.softmax(args.temperature * (elite_scores - elite_scores[:, :1]), 1)
 
-    # Mean and std of the weighted elites
+    # Refit mean and std to the weighted elites
     w = weights[:, :, None, None]
     mean = (w * elites).sum(1)
     std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(args.min_std, args.max_std)
 
-    # [V3] The elites' spread over the heads, the bonus's share of their scores, the policy's proposals among them
-    elite_spread = spread.gather(1, elite)  # (S, num_elites)
-    bonus = std_coef * elite_spread
-    share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)
-    report = torch.stack([elite_spread, share, (elite < proposals.shape[1]).float()], 2).mean(1)  # (S, 3)
-    return mean, std, elites, elite_scores, weights, report
+    # [V3] Diagnostics of the elites: std over heads, share of the bonus in the scores, share of the policy's candidates
+    elite_head_std = head_std.gather(1, elite_index)  # (S, num_elites)
+    bonus = std_coef * elite_head_std
+    bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)
+    is_from_policy = (elite_index < policy_actions.shape[1]).float()
+    diagnostics = torch.stack([elite_head_std, bonus_share, is_from_policy], 2).mean(1)  # (S, 3)
+    return mean, std, elites, elite_scores, weights, diagnostics  # [V3]
 
 
 @torch.no_grad()
-def plan(model, policy, obs, mean, draws, args, std_coef):  # [V4] who plans says what disagreement is worth
-    """Plans for S observations at once (MPPI with policy proposals, as in TD-MPC2).
+def plan(
+    model: WorldModel,
+    policy: nn.Module,
+    obs: Tensor,
+    prev_mean: Tensor,
+    noise: PlanNoise,
+    args: Args,
+    std_coef: float,  # [V4]
+) -> Plan:
+    """Plan for S states at once with MPPI (TD-MPC2), where the policy proposes some of the candidates.
 
-    obs (S, O); mean (S, T, A): the previous plan's, shifted, or zero. The same function acts, evaluates and reanalyzes.
+    Acting, evaluation and reanalyze all use this function.
+    obs: (S, O); prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
+    std_coef: weight of the disagreement of the heads in the scores [V4].
     """
-    # Policy proposals: candidates of every iteration, scored once
-    z, std, proposed = model.encoder(obs), torch.full_like(mean, args.max_std), []  # (S, L), (S, T, A)
+    # Candidates from the policy: they stay the same in all iterations, so they are scored once
+    z = model.encoder(obs)  # (S, L)
+    horizon = prev_mean.shape[1]
+    policy_actions = []
 
-    def follow_policy(t, z):
-        proposed.append(sample_action(policy, z[0], draws.proposals[:, :, t], args))  # (S, P, A)
-        return proposed[t][None]
+    def follow_policy(t: int, z: Tensor) -> Tensor:
+        policy_actions.append(sample_action(policy, z[0], noise.policy[:, :, t], args))  # (S, P, A)
+        return policy_actions[t][None]
 
-    expected = imagine(model, z[None, :, None], follow_policy, mean.shape[1], model.value, args)
-    proposals = torch.stack(proposed, 2)  # (S, P, T, A)
-    proposal_scores = score(*expected, std_coef)  # (2, S, P) [V4]
+    returns = rollout_return(model, z[None, :, None], follow_policy, horizon, model.value, args)
+    policy_scores = candidate_scores(*returns, std_coef)  # (2, S, P) [V4]
+    policy_actions = torch.stack(policy_actions, 2)  # (S, P, T, A)
 
-    for noise in draws.samples.unbind(1):
-        found = refine(model, z, mean, std, proposals, proposal_scores, noise, args, std_coef)  # [V3] [V4]
-        mean, std, elites, elite_scores, weights, report = found
+    # MPPI
+    mean = prev_mean
+    std = torch.full_like(mean, args.max_std)
+    for eps in noise.candidates.unbind(1):
+        mean, std, elites, elite_scores, weights, diagnostics = mppi_iteration(  # [V3]
+            model,
+            z,
+            mean,
+            std,
+            policy_actions,
+            policy_scores,
+            eps,
+            args,
+            std_coef,  # [V4]
+        )
 
-    # Draw an elite by its weight (Gumbel trick); training adds noise to its first action
-    gumbel = -torch.log(-torch.log(draws.elite))
-    chosen = (weights.log() + gumbel).argmax(1)  # (S,)
-    first = elites[torch.arange(len(z), device=z.device), chosen, 0]  # (S, A)
-    action = (first + std[:, 0] * draws.noise).clamp(-1, 1)
-    value = elite_scores.gather(1, chosen[:, None])[:, 0]
-    return Plan(action, first, elites[:, 0, 0], mean, std[:, 0], value, report)  # [V3]
-
-
-def plan_in_chunks(plan, model, policy, obs, mean, generator, args, std_coef):  # [V4]
-    """`plan`, compiled or not, with draws of the torch.Generator given.
-
-    On a CPU in chunks: about 2048 rollouts, and what is made of them, fit its cache.
-    """
-    S, T, A = mean.shape
-    rollouts = args.num_samples * args.planner_num_dynamics_heads  # [V2]
-    states = S if obs.device.type != "cpu" else max(1, 2048 // rollouts)  # [V2]
-    draws = draw_plan(args, S, A, T, generator)
-    pieces = [x.tensor_split(math.ceil(S / states)) for x in (obs, mean, *draws)]
-    if obs.is_cuda:  # the next replay of a CUDA graph overwrites what this one returns: torch.cat copies it
-        torch.compiler.cudagraph_mark_step_begin()
-    piece = lambda obs, mean, *draws: plan(model, policy, obs, mean, PlanDraws(*draws), args, std_coef)  # [V4]
-    return Plan(*map(torch.cat, zip(*map(piece, *pieces), strict=True)))
+    # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
+    gumbel = -torch.log(-torch.log(noise.elite))
+    sampled = (weights.log() + gumbel).argmax(1)  # (S,)
+    elite_action = elites[torch.arange(len(z), device=z.device), sampled, 0]  # (S, A)
+    action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
+    value = elite_scores.gather(1, sampled[:, None])[:, 0]
+    return Plan(action, elite_action, elites[:, 0, 0], mean, std[:, 0], value, diagnostics)  # [V3]
 
 
-def shift(mean):
-    """Where the next step's plans start, zero at the end: (S, T, A) -> (S, T, A)."""
+def run_planner(
+    plan_fn: Callable[..., Plan],
+    model: WorldModel,
+    policy: nn.Module,
+    obs: Tensor,
+    prev_mean: Tensor,
+    generator: torch.Generator,
+    args: Args,
+    std_coef: float,  # [V4]
+) -> Plan:
+    """Sample the noise and plan for S states: obs (S, O), prev_mean (S, T, A). plan_fn is `plan`, compiled or not."""
+    noise = sample_plan_noise(*prev_mean.shape, args, generator)
+    return plan_fn(model, policy, obs, prev_mean, noise, args, std_coef)  # [V4]
+
+
+def rollouts_per_state(args: Args) -> int:
+    """Count the rollouts of an iteration of MPPI for each state."""
+    return args.num_samples * args.planner_num_dynamics_heads  # [V2]
+
+
+def shift_plan(mean: Tensor) -> Tensor:
+    """Shift the mean of a plan (S, T, A) by one step, to start the next plan from it. The last step becomes zero."""
     return F.pad(mean[:, 1:], (0, 0, 0, 1))
 
 
-def make_expert(planned, chosen, args):
-    """The expert of S rows, mean and std of a Gaussian over the action: (S, 2, A)."""
-    return torch.stack([chosen if args.reanalyze_use_chosen_action else planned.mean[:, 0], planned.std], 1)
+class Expert(NamedTuple):
+    """Diagonal Gaussians over actions that the policy imitates."""
+
+    mean: Tensor  # (..., A)
+    std: Tensor  # (..., A)
+    optimistic_mean: Tensor | None = None  # (..., A) [V11] with two policies, the expert of the optimistic one
+    optimistic_std: Tensor | None = None  # (..., A) [V11]
 
 
-def act_randomly(args, action_dim, generator):
-    """Warm-up: uniform actions (E, A) and their expert N(0, 1), (E, 2, A)."""
-    action = torch.rand(args.num_envs, action_dim, generator=generator, device=generator.device) * 2 - 1
-    experts = [torch.zeros_like(action), torch.ones_like(action)] * (1 + args.dual_policy_enabled)  # [V11]
-    return action, torch.stack(experts, 1)  # [V11]
+def make_expert(planned: Plan, chosen_action: Tensor, args: Args) -> Expert:
+    """Make the expert from S plans. chosen_action: (S, A), the default for the mean of the expert."""
+    return Expert(chosen_action if args.reanalyze_use_chosen_action else planned.mean[:, 0], planned.std)
 
 
-@torch.no_grad()
-def act(plan, model, obs, mean, args, generator):
-    """Plans on obs (E, O), starting from mean (E, T, A). Returns action (E, A), expert (E, 2, A), mean; metrics."""
-    coef = args.planner_value_std_coef_train  # [V4]
-    policy = model.optimistic_policy if args.dual_policy_enabled else model.policy  # [V12]
-    acting = plan_in_chunks(plan, model, policy, obs, mean, generator("act"), args, coef)
-    expert = make_expert(acting, acting.action if args.chosen_action_noise else acting.elite, args)
-    if not args.initial_expert_from_behavior:
-        start = torch.zeros_like(mean)
-        separate = plan_in_chunks(plan, model, policy, obs, start, generator("expert"), args, coef)  # [V4] [V12]
-        expert = make_expert(separate, separate.elite, args)
-    metrics = {"planner/elite_std": acting.std.mean(), "planner/value": acting.value.mean()}
-    if args.dual_policy_enabled:  # [V12] the pessimistic policy's expert is always a plan of its own
-        start, coef = torch.zeros_like(mean), args.policy_value_std_coef
-        own = plan_in_chunks(plan, model, model.policy, obs, start, generator("own expert"), args, coef)
-        expert = torch.cat([make_expert(own, own.elite, args), expert], 1)  # (E, 4, A)
-        metrics["planner/pessimistic_proposal_share"] = own.report[:, 2].mean()
-    if args.planner_num_dynamics_heads > 1 or args.dual_policy_enabled:  # [V3] [V12]
-        names = ("planner/return_disagreement", "planner/bonus_share", "planner/proposal_share")
-        metrics |= dict(zip(names, acting.report.mean(0), strict=True))
-    return (acting.action, expert, acting.mean), metrics
+# --- Losses and the update --------------------------------------------------------------------------------------------
 
 
-# --- Learning ---------------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    """B windows of T consecutive transitions of one episode each."""
+
+    obs: Tensor  # (T, B, O)
+    action: Tensor  # (T, B, A)
+    expert: Expert  # (T, B, A) each
+    reward: Tensor  # (T, B)
+    terminated: Tensor  # (T, B)
+    next_obs: Tensor  # (T, B, O)
+    index: Tensor  # (T, B) int64, row of the replay buffer
 
 
-class UpdateDraws(NamedTuple):
-    """Every random number of an update but those of its reanalyze."""
+class UpdateNoise(NamedTuple):
+    """All random numbers of an update, except those of reanalyze."""
 
-    td: Tensor  # (H or 1, R, td_horizon, T, B, A) normal [V5]
-    dropout: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
+    td: Tensor  # (H or 1, R, td_horizon, T, B, A) [V5] standard normal, for the policy in the value targets
+    dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
 
 
-def draw_update(args, action_dim, generator):
-    """The random numbers of one update."""
-    T, B, draws = args.horizon, args.batch_size, generator("update")
-    td = torch.randn(args.num_rollouts, args.td_horizon, T, B, action_dim, generator=draws, device=draws.device)
-    dropout = torch.empty(args.num_q, T, B, args.mlp_dim, device=draws.device)
-    dropout.bernoulli_(1 - args.dropout, generator=draws)  # compiled, a comparison would cost a CPU more
-    td = td[None]
-    if args.td_horizon > 1:  # [V5] from the second action on each head has draws of its own
-        others = (args.planner_num_dynamics_heads - 1, *td.shape[1:])
-        td = torch.cat([td, torch.randn(others, generator=generator("heads"), device=td.device)])
-    return UpdateDraws(td, dropout)
+def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[str], torch.Generator]) -> UpdateNoise:
+    """Sample the random numbers of one update."""
+    generator = make_generator("update")
+    T, B = args.horizon, args.batch_size
+    shape = (args.num_rollouts, args.td_horizon, T, B, action_dim)
+    td = torch.randn(shape, generator=generator, device=generator.device)
+    td = td[None]  # [V5]
+    if args.td_horizon > 1:  # [V5] the other heads sample actions of their own; the first ones are not used
+        other_heads = (args.planner_num_dynamics_heads - 1, *shape)
+        td = torch.cat([td, torch.randn(other_heads, generator=make_generator("heads"), device=td.device)])
+    dropout_mask = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
+    dropout_mask.bernoulli_(1 - args.dropout, generator=generator)
+    return UpdateNoise(td, dropout_mask)
 
 
 @torch.no_grad()
-def td_target(model, policy, z, eps, args):
-    """Value targets by imagination with the policy (BMPC: model-based TD-learning).
+def td_target(model: WorldModel, policy: nn.Module, z: Tensor, eps: Tensor, args: Args) -> Tensor:
+    """Compute value targets in imagination with the policy (BMPC: model-based TD-learning).
 
-    z (T, B, L), eps (R, td_horizon, T, B, A) -> (1, R, T, B): y = sum_k gamma^k r_k + gamma^td_horizon V(z), k below
-    td_horizon, V being the mean over the target value heads. [V6] The mean over dynamics heads; eps (H or 1, R,
-    ...). With local_td_bootstrap each value head has its own y, made by its own V: (Q, R, T, B).
+    y = sum over k < td_horizon of gamma^k r_k, plus gamma^td_horizon times the mean of the target value heads.
+    z: (T, B, L); eps: (H or 1, R, td_horizon, T, B, A) [V5]. Returns (1, R, T, B): one target for all value heads, the
+    mean over dynamics heads. With local_td_bootstrap (Q, R, T, B): a target for each value head [V6].
     """
-    drawn = lambda k, z: sample_action(policy, z, eps[: len(z), :, k], args)  # (1, then H, R, T, B, A) [V5]
-    rewards, values = imagine(model, z[None, None], drawn, args.td_horizon, model.target_value, args)
+    select_action = lambda k, z: sample_action(policy, z, eps[: len(z), :, k], args)  # (1, then H, R, T, B, A) [V5]
+    rewards, values = rollout_return(model, z[None, None], select_action, args.td_horizon, model.target_value, args)
     if args.local_td_bootstrap:  # [V6]
         return (rewards + values).mean(1)
     return (rewards + values.mean(0)).mean(0, keepdim=True)  # from (H, R, T, B), (Q, H, R, T, B)
 
 
-def world_model_loss(model, batch, draws, args):
-    """Consistency, reward, value (and termination) losses along the model's rollout (TD-MPC2: model objective).
+def rollout_dynamics(model: WorldModel, z_0: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Roll out the dynamics from z_0 (B, L) with actions (T, B, A). Returns states and next states (T, H, B, L)."""
+    zs = [z_0[None]]  # (1, B, L), then (H, B, L)
+    for a in actions:
+        zs.append(model.dynamics(zs[-1], a[None]))
+    next_zs = torch.stack(zs[1:])
+    return torch.stack([z.expand_as(zs[1]) for z in zs[:-1]]), next_zs
 
-    Returns the loss, the rollout's states without gradient (T, B, L) and metrics.
+
+def world_model_loss(
+    model: WorldModel, batch: Batch, noise: UpdateNoise, args: Args
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Compute the losses of the world model along its rollout (TD-MPC2, equation 3).
+
+    Returns the total loss, the states of the rollout without gradient (T, B, L), and metrics.
     """
-    T, lam = args.horizon, rho_weights(args, batch.reward)
-    true_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
-    first = model.encoder(batch.obs[0])  # (B, L)
-    with torch.set_grad_enabled(true_needs_grad and torch.is_grad_enabled()):
-        z_true = torch.cat([first[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
+    weights = rho_weights(args, batch.reward)  # (T,)
 
-    # Rollout: z_0 is encoded, the rest predicted
-    zs = [first[None]]  # (1, B, L), then (H, B, L)
-    for t in range(T):
-        zs.append(model.dynamics(zs[t], batch.action[t][None]))
-    predicted = torch.stack(zs[1:])  # (T, H, B, L)
-    states = torch.stack([z.expand_as(zs[1]) for z in zs[:T]])  # (T, H, B, L)
+    # Encode all observations. The first encoding starts the rollout, the others are targets
+    z_0 = model.encoder(batch.obs[0])  # (B, L)
+    true_z_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
+    with torch.set_grad_enabled(true_z_needs_grad and torch.is_grad_enabled()):
+        true_z = torch.cat([z_0[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
 
-    consistency = (predicted - z_true[1:, None].detach()).square().mean((1, 2, 3))  # (T,)
-    reward_logits = model.reward(states, batch.action[:, None])  # (T, H, B, K)
-    reward = soft_cross_entropy(reward_logits, two_hot(batch.reward, args)[:, None]).mean((1, 2))
+    # Latent consistency and reward
+    zs, next_zs = rollout_dynamics(model, z_0, batch.action)  # (T, H, B, L)
+    consistency = (next_zs - true_z[1:, None].detach()).square().mean((1, 2, 3))  # (T,)
+    reward_logits = model.reward(zs, batch.action[:, None])  # (T, H, B, K)
+    reward = soft_cross_entropy(reward_logits, two_hot(batch.reward, args)[:, None]).mean((1, 2))  # (T,)
 
-    # Values of the policy, at the rollout's states, against imagination from the true ones
-    rollout = states[:, 0]  # (T, B, L)
-    start = rollout if args.imagine_initial_source == "replay_rollout" else z_true[:T]
-    origin = z_true[:T] if args.td_target_initial_source == "replay_true" else start
+    # Value. Averaging the two-hot targets of R rollouts averages their losses, since cross-entropy is linear in them
+    rollout_z = zs[:, 0]  # (T, B, L)
+    value_z = rollout_z if args.imagine_initial_source == "replay_rollout" else true_z[:-1]
+    target_z = true_z[:-1] if args.td_target_initial_source == "replay_true" else value_z
     policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
-    y = td_target(model, policy, origin.detach(), draws.td, args)  # (Q or 1, R, T, B)
-    target = two_hot(y, args).mean(1)  # (Q or 1, T, B, K); the cross-entropy is linear in it
-    keep = draws.dropout / (1 - args.dropout)
-    value_logits = model.value(start[None], keep=keep)  # (Q, T, B, K)
+    y = td_target(model, policy, target_z.detach(), noise.td, args)  # (Q or 1, R, T, B)
+    target = two_hot(y, args).mean(1)  # (Q or 1, T, B, K)
+    value_logits = model.value(value_z[None], dropout_mask=noise.dropout_mask / (1 - args.dropout))  # (Q, T, B, K)
     value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
+    # Optional losses
     losses = {"consistency": consistency, "reward": reward, "value": value}  # (T,) each
     if args.episodic:
-        logits = model.termination(predicted).squeeze(-1)  # (T, H, B)
-        ended = batch.terminated[:, None].expand_as(logits)
-        losses["termination"] = F.binary_cross_entropy_with_logits(logits, ended, reduction="none").mean((1, 2))
+        logits = model.termination(next_zs).squeeze(-1)  # (T, H, B)
+        terminated = batch.terminated[:, None].expand_as(logits)
+        termination = F.binary_cross_entropy_with_logits(logits, terminated, reduction="none")
+        losses["termination"] = termination.mean((1, 2))
     if args.encoder_consistency_coef > 0:
-        losses["encoder_consistency"] = (predicted.detach() - z_true[1:, None]).square().mean((1, 2, 3))
-    losses = {name: (lam * loss).sum() for name, loss in losses.items()}
-    total = sum(getattr(args, f"{name}_coef") * loss for name, loss in losses.items())
+        losses["encoder_consistency"] = (next_zs.detach() - true_z[1:, None]).square().mean((1, 2, 3))
+
+    # Total
+    losses = {name: (weights * loss).sum() for name, loss in losses.items()}
+    total = (
+        args.consistency_coef * losses["consistency"]
+        + args.reward_coef * losses["reward"]
+        + args.value_coef * losses["value"]
+    )
+    if args.episodic:
+        total = total + args.termination_coef * losses["termination"]
+    if args.encoder_consistency_coef > 0:
+        total = total + args.encoder_consistency_coef * losses["encoder_consistency"]
+
     metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
     metrics |= {"losses/total": total.detach(), "losses/td_target": y.mean()}
     if args.num_rollouts > 1:
         metrics["losses/td_target_std_over_rollouts"] = y.std(1).mean()
     if args.planner_num_dynamics_heads > 1:  # [V7]
-        metrics["losses/latent_disagreement"] = predicted[-1].detach().std(0, correction=0).mean()
-    return total, rollout.detach(), metrics
+        metrics["losses/latent_disagreement"] = next_zs[-1].detach().std(0, correction=0).mean()
+    return total, rollout_z.detach(), metrics
 
 
-def update_kl_scale(scale, kl):
-    """S + 0.01 (max(p95 - p5, 1) - S) of the KLs (B,) at t = 0 (the spread TD-MPC2 divides its Q-values by)."""
-    kl, last = kl.detach().sort().values, len(kl) - 1  # torch.quantile is not traced by every version of torch
-    at = lambda place: torch.lerp(kl[math.floor(place)], kl[math.ceil(place)], place % 1)
-    return torch.lerp(scale, (at(0.95 * last) - at(0.05 * last)).clamp(min=1.0), 0.01)
+def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
+    """Update the running scale S of the KL: S + 0.01 (max(p95 - p5, 1) - S), from kl (B,) at t = 0.
 
-
-def imitation_loss(policy, ema, scale, z, expert, args):  # [V13]
-    """KL(policy || expert) / S at the rollout's states z (T, B, L), expert (T, B, 2, A) (BMPC: expert imitation).
-
-    If asked, with the policy's entropy and its distance from its average. Returns the loss, the new S and metrics.
+    TD-MPC2 scales its Q-values in the same way.
     """
-    lam = rho_weights(args, z)
+    kl = kl.detach().sort().values
+
+    def percentile(p: float) -> Tensor:  # torch.quantile cannot be compiled by every version of torch
+        position = p * (len(kl) - 1)
+        return torch.lerp(kl[math.floor(position)], kl[math.ceil(position)], position % 1)
+
+    return torch.lerp(scale, (percentile(0.95) - percentile(0.05)).clamp(min=1.0), 0.01)
+
+
+def imitation_loss(  # [V12]
+    policy: nn.Module, ema_policy: nn.Module | None, scale: Tensor, z: Tensor, expert: Expert, args: Args
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Compute the loss of one policy: KL(policy || expert) / S (BMPC: expert imitation).
+
+    Optional terms: an entropy bonus, and a trust region around the EMA policy.
+    z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new S and metrics.
+    """
+    weights = rho_weights(args, z)  # (T,)
     reduce = torch.mean if args.kl_reduction == "mean" else torch.sum
-    mean, std = policy_gaussian(policy, z, args)  # (T, B, A) [V13]
-    expert_std = (expert[:, :, 1] * args.expert_std_scale).clamp(min=args.expert_std_min)
-    kl = reduce(gaussian_kl(mean, std, expert[:, :, 0], expert_std), -1)  # (T, B)
-    scale = update_kl_scale(scale, kl[0])  # [V13]
-    loss = (lam * kl.mean(1)).sum() / scale
+    mean, std = policy_gaussian(policy, z, args)  # (T, B, A) [V12]
+    expert_std = (expert.std * args.expert_std_scale).clamp(min=args.expert_std_min)
+    kl = reduce(gaussian_kl(mean, std, expert.mean, expert_std), -1)  # (T, B)
+    scale = update_kl_scale(scale, kl[0])  # [V12]
+    loss = (weights * kl.mean(1)).sum() / scale
+
     entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean(1)  # (T,)
     if args.entropy_coef > 0:
-        loss = loss - args.entropy_coef * mean.shape[-1] * (lam * entropy).sum()
+        loss = loss - args.entropy_coef * mean.shape[-1] * (weights * entropy).sum()
     metrics = {"losses/kl": kl.detach().mean(), "losses/kl_scale": scale, "losses/entropy": entropy.detach().mean()}
+
     if args.policy_trust_region_coef > 0:
-        ema_mean, ema_std = policy_gaussian(ema, z, args)  # [V13]
-        trust = (lam * reduce(gaussian_kl(ema_mean, ema_std, mean, std), -1).mean(1)).sum() / scale
-        loss = loss + args.policy_trust_region_coef * trust
-        metrics["losses/trust_region"] = trust.detach()
+        ema_mean, ema_std = policy_gaussian(ema_policy, z, args)  # [V12]
+        ema_kl = reduce(gaussian_kl(ema_mean, ema_std, mean, std), -1)  # (T, B)
+        trust_region = (weights * ema_kl.mean(1)).sum() / scale
+        loss = loss + args.policy_trust_region_coef * trust_region
+        metrics["losses/trust_region"] = trust_region.detach()
     return loss, scale, metrics | {"losses/policy": loss.detach()}
 
 
-def policy_loss(model, z, expert, args):
-    """[V13] The sum of both policies' losses: z (T, B, L), expert (T, B, 4, A). Returns it, both S and metrics."""
+def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Add up the losses of both policies. [V12]
+
+    z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new S of each policy and metrics.
+    """
     if not args.dual_policy_enabled:
         return imitation_loss(model.policy, model.ema_policy, model.kl_scale, z, expert, args)
-    (scale, optimistic_scale), (expert, optimistic_expert) = model.kl_scale, expert.chunk(2, 2)
-    optimistic, ema = model.optimistic_policy, model.optimistic_ema_policy
-    first, scale, metrics = imitation_loss(model.policy, model.ema_policy, scale, z, expert, args)
-    second, optimistic_scale, more = imitation_loss(optimistic, ema, optimistic_scale, z, optimistic_expert, args)
-    metrics |= {name.replace("/", "/optimistic_"): value for name, value in more.items()}
+    scale, optimistic_scale = model.kl_scale
+    optimistic_expert = Expert(expert.optimistic_mean, expert.optimistic_std)
+    loss, scale, metrics = imitation_loss(model.policy, model.ema_policy, scale, z, expert, args)
+    optimistic_loss, optimistic_scale, optimistic_metrics = imitation_loss(
+        model.optimistic_policy, model.optimistic_ema_policy, optimistic_scale, z, optimistic_expert, args
+    )
+    metrics |= {name.replace("/", "/optimistic_"): value for name, value in optimistic_metrics.items()}
     with torch.no_grad():
-        both = [*policy_gaussian(optimistic, z, args), *policy_gaussian(model.policy, z, args)]
-        metrics["losses/kl_between_policies"] = gaussian_kl(*both).mean()  # of the optimistic one
-    return first + second, torch.stack([scale, optimistic_scale]), metrics
+        optimistic_gaussian = policy_gaussian(model.optimistic_policy, z, args)
+        pessimistic_gaussian = policy_gaussian(model.policy, z, args)
+        metrics["losses/kl_between_policies"] = gaussian_kl(*optimistic_gaussian, *pessimistic_gaussian).mean()
+    return loss + optimistic_loss, torch.stack([scale, optimistic_scale]), metrics
 
 
-def make_optimizers(model, args):
-    """The world model's Adam (encoder, dynamics, reward, values, termination) and the policy's."""
-    others = (model.dynamics, model.reward, model.value, model.termination)
-    groups = [(model.encoder, args.lr * args.enc_lr_scale)] + [(network, args.lr) for network in others if network]
-    scale = {model.dynamics: args.planner_num_dynamics_heads, model.value: args.num_q / 5}  # [V8]
+def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
+    """Make one Adam for the world model (everything but the policy) and one for the policy."""
+    networks = {model.encoder: args.lr * args.enc_lr_scale}
+    for network in (model.dynamics, model.reward, model.value, model.termination):
+        if network is not None:
+            networks[network] = args.lr
     if args.ensemble_lr_scaling:  # [V8]
-        groups = [(network, lr * scale.get(network, 1)) for network, lr in groups]
+        networks[model.dynamics] = args.lr * args.planner_num_dynamics_heads
+        networks[model.value] = args.lr * (args.num_q / 5)
+    params_by_lr: dict[float, list[nn.Parameter]] = {}  # one parameter group per learning rate: each is a kernel launch
+    for network, lr in networks.items():
+        params_by_lr.setdefault(lr, []).extend(network.parameters())
+    groups = [dict(params=params, lr=lr) for lr, params in params_by_lr.items()]
     device = model.kl_scale.device.type
-    fast = dict(fused=device in ("cpu", "cuda"), capturable=device == "cuda")
-    by_lr = {}  # each of Adam's groups is a launch
-    for network, lr in groups:
-        by_lr.setdefault(lr, []).extend(network.parameters())
-    world = torch.optim.Adam([dict(params=parameters, lr=lr) for lr, parameters in by_lr.items()], **fast)
-    policies = nn.ModuleList([model.policy] + [model.optimistic_policy] * args.dual_policy_enabled)  # [V13]
-    return world, torch.optim.Adam(policies.parameters(), lr=args.lr, eps=1e-5, **fast)  # [V13]
+    options = dict(fused=device in ("cpu", "cuda"), capturable=device == "cuda")
+    world_optimizer = torch.optim.Adam(groups, **options)
+    policies = nn.ModuleList([model.policy] + [model.optimistic_policy] * args.dual_policy_enabled)  # [V12]
+    policy_optimizer = torch.optim.Adam(policies.parameters(), lr=args.lr, eps=1e-5, **options)  # [V12]
+    return world_optimizer, policy_optimizer
 
 
-def descend(loss, optimizer, args):
-    """One step of Adam along the gradient of the loss, clipped. Returns the gradient's norm before clipping."""
+def optimizer_step(loss: Tensor, optimizer: torch.optim.Adam, args: Args) -> Tensor:
+    """Clip the gradient of the loss and take one optimizer step. Returns the norm of the gradient before clipping."""
     loss.backward()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    norm = get_total_norm(gradients)
-    torch._foreach_div_(gradients, (norm / args.grad_clip_norm).clamp(min=1.0))
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm(grads)
+    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
 @torch.no_grad()
-def follow(target, online, tau):
-    """target += tau (online - target)."""
+def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """Move the exponential moving average: target += tau (online - target)."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
 class Functions(NamedTuple):
-    """What is worth compiling."""
+    """The functions that take most of the time. `make_functions` compiles them."""
 
-    plan: Callable = plan
-    world_model_loss: Callable = world_model_loss
-    policy_loss: Callable = policy_loss
-
-
-def compiled(args, device):
-    """The functions compiled, each to one graph per set of shapes; eager ones where nothing can be compiled."""
-    if not args.compile:
-        return Functions()
-    say("is there a compiler? ...")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's own deprecations, while its compiler is imported
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
-    except Exception as e:
-        say(f"warning: no working compiler, going on in eager mode ({type(e).__name__})", sys.stderr)
-        return Functions()
-    torch._dynamo.config.recompile_limit = 64  # plans differ by batch size and options
-    torch._dynamo.callback.callback_handler.clear()
-    torch._dynamo.callback.on_compile_start(lambda about: say("compiling ..."))  # at first calls, up to a minute
-    torch._dynamo.callback.on_compile_end(lambda about: say("compiled"))
-    on_cuda = device.type == "cuda"  # where a launch costs most: independent kernels in one, no copies out of padding
-    graphs = on_cuda and args.cudagraphs
-    options = {"combo_kernels": on_cuda, "comprehensive_padding": False, "triton.cudagraphs": graphs}
-    return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in Functions()))
+    plan: Callable[..., Plan] = plan
+    world_model_loss: Callable[..., tuple] = world_model_loss
+    policy_loss: Callable[..., tuple] = policy_loss
 
 
-@torch.no_grad()
-def reanalyze(plan, model, buffer, batch, args, generator):
-    """Plans the first windows' states anew (BMPC: lazy reanalyze).
-
-    The new experts replace the old ones in the buffer and in the batch.
-    """
-    W, T = args.reanalyze_batch_size, args.horizon
-    obs, place = batch.obs[:, :W].flatten(0, 1), batch.place[:, :W].flatten()  # (T * W, O), (T * W,)
-    start = obs.new_zeros(T * W, args.reanalyze_horizon, batch.action.shape[-1])
-    wider = dataclasses.replace(args, log_std_min=args.reanalyze_log_std_min, log_std_max=args.reanalyze_log_std_max)
-    coef = args.reanalyze_value_std_coef  # [V4]
-    coef = args.policy_value_std_coef if args.dual_policy_enabled else coef  # [V12]
-    new = plan_in_chunks(plan, model, model.policy, obs, start, generator("reanalyze"), wider, coef)
-    expert = make_expert(new, new.elite, args)  # [V12]
-    if args.dual_policy_enabled:  # [V12]
-        coef, policy = args.planner_value_std_coef_train, model.optimistic_policy
-        new = plan_in_chunks(plan, model, policy, obs, start, generator("optimistic"), wider, coef)
-        expert = torch.cat([expert, make_expert(new, new.elite, args)], 1)
-    rows = buffer.rows.flatten(0, 1)
-    renewed = rows[place]
-    buffer.columns(renewed).expert.copy_(expert)  # (T * W, 2 or 4, A) [V12]
-    rows[place] = renewed  # of a row that occurs twice one plan remains
-    batch.expert[:, :W] = buffer.columns(rows[batch.place[:, :W]]).expert
-
-
-def update(functions, model, optimizers, batch, draws, args, pretraining):
-    """One update of the world model, the policy (unless pretraining) and the target value heads. Returns metrics."""
-    if batch.reward.is_cuda:  # what CUDA graphs return lives until the next update
-        torch.compiler.cudagraph_mark_step_begin()
-    loss, z, metrics = functions.world_model_loss(model, batch, draws, args)
-    metrics["losses/grad_norm"] = descend(loss, optimizers[0], args)
+def update(
+    functions: Functions,
+    model: WorldModel,
+    optimizers: tuple[torch.optim.Adam, torch.optim.Adam],
+    batch: Batch,
+    noise: UpdateNoise,
+    args: Args,
+    pretraining: bool,
+) -> dict[str, Tensor]:
+    """Update the world model, the policy (except in pretraining) and the moving averages. Returns metrics."""
+    world_optimizer, policy_optimizer = optimizers
+    loss, z, metrics = functions.world_model_loss(model, batch, noise, args)
+    metrics["losses/grad_norm"] = optimizer_step(loss, world_optimizer, args)
     if not pretraining:
         loss, scale, policy_metrics = functions.policy_loss(model, z, batch.expert, args)
-        metrics |= policy_metrics | {"losses/policy_grad_norm": descend(loss, optimizers[1], args)}
+        metrics |= policy_metrics
+        metrics["losses/policy_grad_norm"] = optimizer_step(loss, policy_optimizer, args)
         model.kl_scale.copy_(scale)
         if model.ema_policy is not None:
-            follow(model.ema_policy, model.policy, args.policy_ema_tau)
+            ema_update(model.ema_policy, model.policy, args.policy_ema_tau)
             if args.dual_policy_enabled:  # [V10]
-                follow(model.optimistic_ema_policy, model.optimistic_policy, args.policy_ema_tau)
-    follow(model.target_value, model.value, args.tau)
+                ema_update(model.optimistic_ema_policy, model.optimistic_policy, args.policy_ema_tau)
+    ema_update(model.target_value, model.value, args.tau)
     return metrics
 
 
-# --- Evaluation -------------------------------------------------------------------------------------------------------
+# --- Replay buffer ----------------------------------------------------------------------------------------------------
 
 
-def to_device(x, device):
-    """The one way from the host to the device; on CUDA through pinned memory, without waiting."""
-    x = torch.from_numpy(x)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+class ReplayBuffer:
+    """A ring buffer of C vector steps on the device. A vector step has E rows, one transition of each environment.
+
+    Attributes on the host tell at which rows a window of T consecutive transitions of one episode starts.
+    """
+
+    def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
+        E, A = args.num_envs, task.action_dim
+        self.horizon = args.horizon
+        self.capacity = min(args.buffer_size // E, math.ceil(args.total_timesteps / E))  # no more than the run needs
+        # Columns of a row: obs, action, mean and std of the expert, reward, terminated, next_obs
+        expert_widths = [A] * (4 if args.dual_policy_enabled else 2)  # [V11]
+        self.widths = [task.obs_dim, A, *expert_widths, 1, 1, task.obs_dim]  # [V11]
+        zeros = np.zeros((self.capacity, E, sum(self.widths)), np.float32)  # on a CPU, pages are allocated when written
+        self.rows = torch.from_numpy(zeros).to(device)
+        self.valid_start = np.zeros((self.capacity, E), bool)  # whether a window starts at a row
+        self.start_indices = np.zeros(0, np.int64)  # the rows where a window starts
+        self.episode_step = np.zeros(E, np.int64)  # decisions so far in the current episodes
+        self.step = 0  # vector steps added so far
+
+    def split_rows(self, rows: Tensor, index: Tensor | None = None) -> Batch:
+        """View rows (..., D) as the fields of a Batch."""
+        obs, action, *expert, reward, terminated, next_obs = rows.split(self.widths, -1)
+        return Batch(obs, action, Expert(*expert), reward.squeeze(-1), terminated.squeeze(-1), next_obs, index)
+
+    def add(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        expert: Expert,
+        reward: Tensor,
+        terminated: Tensor,
+        next_obs: Tensor,
+        ended: np.ndarray,
+    ) -> None:
+        """Add a vector step: obs and next_obs (E, O), action (E, A), expert (E, A), reward and terminated (E,).
+
+        ended: (E,) on the host, whether the episode ended with this step, by termination or truncation.
+        """
+        expert = [x for x in expert if x is not None]  # [V11]
+        row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
+        torch.cat(row, 1, out=self.rows[self.step % self.capacity])
+        self.valid_start[self.step % self.capacity] = False
+        self.episode_step += 1
+        self.step += 1
+        self.valid_start[(self.step - self.horizon) % self.capacity] = self.episode_step >= self.horizon
+        self.start_indices = np.flatnonzero(self.valid_start)
+        self.episode_step[ended] = 0
+
+    def sample(self, uniform: np.ndarray) -> Batch:
+        """Sample B windows uniformly from all windows, given uniform random numbers (B,) in [0, 1).
+
+        Raises UsageError if there is no window.
+        """
+        T, C, E = self.horizon, self.capacity, len(self.episode_step)
+        if not len(self.start_indices):
+            raise UsageError(
+                f"the replay buffer holds no {T} consecutive decisions of one episode; "
+                "raise --learning-starts or --buffer-size"
+            )
+        start = self.start_indices[(uniform * len(self.start_indices)).astype(np.int64)]  # (B,)
+        index = (start + E * np.arange(T)[:, None]) % (C * E)  # (T, B)
+        index = to_device(index, self.rows.device)
+        return self.split_rows(self.rows.flatten(0, 1)[index], index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all rows written so far and the state of the ring."""
+        return {
+            "rows": self.rows[: self.step].to("cpu", copy=True),
+            "valid_start": torch.from_numpy(self.valid_start[: self.step].copy()),
+            "episode_step": torch.from_numpy(self.episode_step.copy()),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state into an empty buffer of the same size."""
+        self.step = state["step"]
+        self.rows[: self.step].copy_(state["rows"])
+        self.valid_start[: self.step] = state["valid_start"]
+        self.episode_step[:] = state["episode_step"]
+        self.start_indices = np.flatnonzero(self.valid_start)
 
 
-def to_host(x):
-    """The one way from the device to the host."""
-    return x.cpu().numpy()
+# --- Acting and reanalyze ---------------------------------------------------------------------------------------------
 
 
-def make_generator(seed, name, device):
-    """A generator on the device with the seed made from (seed, name)."""
-    return torch.Generator(device).manual_seed(make_seed(seed, name))
+def random_action(args: Args, action_dim: int, generator: torch.Generator) -> tuple[Tensor, Expert]:
+    """Sample uniform actions (E, A) for the warm-up. Their expert is a standard normal distribution."""
+    action = torch.rand(args.num_envs, action_dim, generator=generator, device=generator.device) * 2 - 1
+    zeros, ones = torch.zeros_like(action), torch.ones_like(action)
+    return action, Expert(zeros, ones, zeros, ones) if args.dual_policy_enabled else Expert(zeros, ones)  # [V11]
 
 
 @torch.no_grad()
-def play(run, envs, planning, stop, film):
-    """Returns of `eval_episodes` episodes (float64), with the planner or with the policy's mean alone.
+def act(
+    plan_fn: Callable[..., Plan],
+    model: WorldModel,
+    obs: Tensor,
+    prev_mean: Tensor,
+    args: Args,
+    make_generator: Callable[[str], torch.Generator],
+) -> tuple[Tensor, Expert, Tensor, dict[str, Tensor]]:
+    """Plan the next action in each environment: obs (E, O), prev_mean (E, T, A).
 
-    Episode j begins with the seed made from (seed, "eval", j), the same at every evaluation. `film` collects the
-    pictures of episode 0. None if asked to stop meanwhile.
+    Returns actions (E, A), the first experts of these transitions (E, A), the means of the plans (E, T, A), metrics.
     """
-    args, model, W = run.args, run.model, envs.num_envs
-    mean, returns, episode = torch.zeros_like(run.mean[:W]), np.zeros(args.eval_episodes), np.arange(W)
-    generator = make_generator(args.seed, f"evaluation {run.global_step}", mean.device)
-    progress = Bar(f"evaluating {'planner' if planning else 'policy alone'}, decisions")
-    obs, ended = 0.0, episode >= 0
-    while (playing := episode < args.eval_episodes).any():
-        if stop:
-            return None
-        obs = envs.reset(ended, [("eval", j) for j in episode], obs)
-        if args.capture_video and planning and episode[0] == 0:
-            film.append(envs.call("picture")[0])
-        seen = to_device(obs, mean.device)
-        if planning:
-            coef = args.planner_value_std_coef_eval  # [V4]
-            acting = plan_in_chunks(run.functions.plan, model, model.policy, seen, mean, generator, args, coef)
-            action, mean = acting.elite if args.eval_sample_elite else acting.best, shift(acting.mean)
-        else:
-            action, _ = policy_gaussian(model.policy, model.encoder(seen), args)
-        envs.step_async(to_host(action))
-        obs, reward, terminated, truncated = envs.step_wait()
-        returns[episode[playing]] += reward[playing]
-        progress.update(W)
-        ended = terminated | truncated
-        episode[ended] = episode.max() + 1 + np.arange(ended.sum())
-        mean[ended] = 0.0
-    progress.close()
-    return returns
+    std_coef = args.planner_value_std_coef_train  # [V4]
+    policy = model.optimistic_policy if args.dual_policy_enabled else model.policy  # [V13]
+    behavior = run_planner(plan_fn, model, policy, obs, prev_mean, make_generator("act"), args, std_coef)  # [V4] [V13]
+    expert = make_expert(behavior, behavior.action if args.chosen_action_noise else behavior.elite_action, args)
+    if not args.initial_expert_from_behavior:
+        no_mean = torch.zeros_like(prev_mean)
+        generator = make_generator("expert")
+        separate = run_planner(plan_fn, model, policy, obs, no_mean, generator, args, std_coef)  # [V4] [V13]
+        expert = make_expert(separate, separate.elite_action, args)
+    metrics = {"planner/elite_std": behavior.std.mean(), "planner/value": behavior.value.mean()}
+    if args.dual_policy_enabled:  # [V13] the expert of the pessimistic policy is planned separately
+        no_mean = torch.zeros_like(prev_mean)
+        generator = make_generator("own expert")
+        std_coef = args.policy_value_std_coef
+        pessimistic = run_planner(plan_fn, model, model.policy, obs, no_mean, generator, args, std_coef)
+        expert = Expert(*make_expert(pessimistic, pessimistic.elite_action, args)[:2], *expert[:2])
+        metrics["planner/pessimistic_proposal_share"] = pessimistic.diagnostics[:, 2].mean()
+    if args.planner_num_dynamics_heads > 1 or args.dual_policy_enabled:  # [V3] [V13]
+        names = ("planner/return_disagreement", "planner/bonus_share", "planner/proposal_share")
+        metrics |= dict(zip(names, behavior.diagnostics.mean(0), strict=True))
+    return behavior.action, expert, behavior.mean, metrics
 
 
-def evaluate(run, envs, stop, video):
-    """Plays with the planner and with the policy alone. Returns both means; None if asked to stop meanwhile."""
-    film = []
-    planner, policy = play(run, envs, True, stop, film), play(run, envs, False, stop, film)
-    if planner is None or policy is None:
-        return None
-    told = [f"{x.mean():.1f} +- {x.std():.1f} ({x.min():.1f} to {x.max():.1f})" for x in (planner, policy)]
-    say(f"step {run.global_step}: evaluation: planner {told[0]}, policy alone {told[1]}")
-    try:
-        if film:
-            import imageio.v2 as imageio
+@torch.no_grad()
+def eval_action(
+    plan_fn: Callable[..., Plan],
+    model: WorldModel,
+    obs: Tensor,
+    prev_mean: Tensor,
+    args: Args,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Plan evaluation actions, without exploration noise: obs (S, O), prev_mean (S, T, A).
 
-            video.parent.mkdir(exist_ok=True)
-            imageio.mimwrite(video, film, fps=30 / run.args.action_repeat, macro_block_size=2)
-    except Exception as e:  # no renderer, no imageio, no ffmpeg: a video is not worth a run
-        say(f"warning: no video at {video}: {first_line(e)}", sys.stderr)
-    return {"eval/episodic_return": planner.mean(), "eval/policy_episodic_return": policy.mean()}
+    Returns the actions (S, A) and the means of the plans (S, T, A).
+    """
+    std_coef = args.planner_value_std_coef_eval  # [V4]
+    planned = run_planner(plan_fn, model, model.policy, obs, prev_mean, generator, args, std_coef)  # [V4]
+    return planned.elite_action if args.eval_sample_elite else planned.best_action, planned.mean
 
 
-# --- The run: its state, log and directory ----------------------------------------------------------------------------
-#
-# Crash-only: resume is exact, so every fault is handled by stopping. A run ends early by an exception and begins again
-# from its last checkpoint. A checkpoint at step s is the run between two iterations, before the observers of s, log and
-# evaluation; a run that is continued at s repeats those, having cut its log back to what was written before s.
+@torch.no_grad()
+def policy_action(model: WorldModel, obs: Tensor, args: Args) -> Tensor:
+    """Compute the mean action of the policy: (S, O) -> (S, A)."""
+    return policy_gaussian(model.policy, model.encoder(obs), args)[0]
+
+
+@torch.no_grad()
+def reanalyze(
+    plan_fn: Callable[..., Plan],
+    model: WorldModel,
+    buffer: ReplayBuffer,
+    batch: Batch,
+    args: Args,
+    make_generator: Callable[[str], torch.Generator],
+) -> None:
+    """Plan again for the states of the first W = reanalyze_batch_size windows (BMPC: lazy reanalyze).
+
+    The new experts replace the old ones in the replay buffer and in the batch.
+    """
+    W = args.reanalyze_batch_size
+    obs = batch.obs[:, :W].flatten(0, 1)  # (T * W, O)
+    index = batch.index[:, :W].flatten()  # (T * W,)
+    no_mean = obs.new_zeros(len(obs), args.reanalyze_horizon, batch.action.shape[-1])
+    reanalyze_args = dataclasses.replace(
+        args, log_std_min=args.reanalyze_log_std_min, log_std_max=args.reanalyze_log_std_max
+    )
+    generator = make_generator("reanalyze")
+    std_coef = args.policy_value_std_coef if args.dual_policy_enabled else args.reanalyze_value_std_coef  # [V4] [V13]
+    planned = run_planner(plan_fn, model, model.policy, obs, no_mean, generator, reanalyze_args, std_coef)  # [V4]
+    new_expert = make_expert(planned, planned.elite_action, args)
+    if args.dual_policy_enabled:  # [V13]
+        generator = make_generator("optimistic")
+        std_coef = args.planner_value_std_coef_train
+        optimistic = run_planner(
+            plan_fn, model, model.optimistic_policy, obs, no_mean, generator, reanalyze_args, std_coef
+        )
+        new_expert = Expert(*new_expert[:2], *make_expert(optimistic, optimistic.elite_action, args)[:2])
+
+    # If a row occurs in several windows, one of its plans is stored
+    rows = buffer.rows.flatten(0, 1)
+    updated = rows[index]
+    for stored, new in zip(buffer.split_rows(updated).expert, new_expert, strict=True):
+        if new is not None:  # [V11]
+            stored.copy_(new)
+    rows[index] = updated
+    for used, stored in zip(batch.expert, buffer.split_rows(rows[batch.index[:, :W]]).expert, strict=True):
+        if stored is not None:  # [V11]
+            used[:, :W] = stored
+
+
+# --- Training loop ----------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """What a run consists of. Its numbers, lists and tensors are where the loop stands between two iterations."""
+    """Everything that the future of a run depends on. `checkpoint_contents` lists what a checkpoint holds of it."""
 
-    def __init__(self, args, task, device):
+    def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
         E, A = args.num_envs, task.action_dim
-        self.args, self.functions = args, compiled(args, device)
-        self.model = WorldModel(task, args, make_generator(args.seed, "init", "cpu")).to(device)  # as on any device
-        self.optimizers, self.buffer = make_optimizers(self.model, args), ReplayBuffer(args, task, device)
-        self.metrics = {}  # by the names that come together: (their sums, how often they came)
-        self.obs = torch.zeros(E, task.obs_dim, device=device)  # that wait for an action
-        self.mean = torch.zeros(E, args.horizon, A, device=device)  # where the next plans start
-        self.episode = torch.zeros(E, dtype=torch.int64)  # that each environment plays,
-        self.returns = torch.zeros(E, dtype=torch.float64)  # and its return so far; the buffer counts its decisions
-        self.ended = []  # (environment, episode, return, length) of those that the last step ended
-        self.global_step, self.pretrained, self.updates = 0, 0, 0
+        self.args = args
+        self.functions = make_functions(args, device)
+        self.model = WorldModel(task, args, seeded_generator(args.seed, "init", device="cpu")).to(device)
+        self.optimizers = make_optimizers(self.model, args)
+        self.buffer = ReplayBuffer(args, task, device)
+        self.metrics: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # by their names: sums on the device, and counts
 
-    def generator(self, name):
-        """The torch.Generator of a purpose, by the seed and by where the run is: there is no state to keep.
+        # Counters
+        self.global_step = 0  # decisions, summed over environments
+        self.pretraining_updates = 0
+        self.updates = 0  # after pretraining
+        self.training_seconds = 0.0  # acting and learning; without evaluations, checkpoints and compilation
 
-        Asked for twice at one place, it gives the same numbers twice.
+        # Current episodes, in E environments
+        self.obs = torch.zeros(E, task.obs_dim, device=device)  # the next actions are planned from it
+        self.prev_mean = torch.zeros(E, args.horizon, A, device=device)  # the next plans start from it
+        self.episode = torch.zeros(E, dtype=torch.int64)  # number of the episode
+        self.episode_return = torch.zeros(E, dtype=torch.float64)
+        self.finished_episodes: list[tuple[int, int, float, int]] = []  # of the last step: env, episode, return, length
+
+    def make_generator(self, purpose: str) -> torch.Generator:
+        """Make the generator for a purpose, seeded from it, the seed of the run and its counters.
+
+        So generators have no state to save, and the same counters give the same random numbers.
         """
-        where = f"{name} {self.global_step} {self.pretrained} {self.updates}"
-        return make_generator(self.args.seed, where, self.obs.device)
+        key = f"{purpose} {self.global_step} {self.pretraining_updates} {self.updates}"
+        return seeded_generator(self.args.seed, key, device=self.obs.device)
 
-    def measure(self, values):
-        """Adds to the metrics: sums on the device, which cross to the host together, once per log interval."""
+    def accumulate_metrics(self, values: dict[str, Tensor]) -> None:
+        """Add scalars to the sums on the device. The values of one call are added and later copied together."""
         names = tuple(values)
         total, count = self.metrics.get(names) or (torch.zeros(len(names), device=self.obs.device), 0)
         torch._foreach_add_(total.unbind(), list(values.values()))
         self.metrics[names] = total, count + 1
 
-    def means(self):
-        """The means of the metrics. Raises Failed if one is not finite."""
+    def mean_metrics(self) -> dict[str, float]:
+        """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        for names, (total, count) in self.metrics.items():  # of pretraining, then of learning, which overwrites it
+        for names, (total, count) in self.metrics.items():  # updates overwrite pretraining updates of the same interval
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise Failed(f"{name} is not finite; the last checkpoint is from before that")
+                raise RunError(f"{name} is not finite; the last checkpoint was written before that")
         return means
 
-    def state_dict(self):
-        """Everything that the future of the run depends on."""
-        return {
-            "script": SCRIPT,
-            "args": dataclasses.asdict(self.args),
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "buffer": self.buffer.state_dict(),
-            "metrics": self.metrics,
-            # what __init__ sets to a number, a list or a tensor: from obs to updates
-            "progress": {name: x for name, x in vars(self).items() if isinstance(x, (int, list, Tensor))},
-        }
 
-    def load_state_dict(self, state):
-        """The inverse of state_dict, for a run that was just made."""
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.buffer.load_state_dict(state["buffer"])
-        self.metrics = {names: (x.to(self.obs.device), n) for names, (x, n) in state["metrics"].items()}
-        for name, x in state["progress"].items():
-            setattr(self, name, x.to(getattr(self, name).device) if isinstance(x, Tensor) else x)
-
-
-def save_checkpoint(run, directory):
-    """Writes checkpoint.pt. Raises Failed, writing nothing, if a weight is not finite, as after a loss that was not."""
-    if not to_host(torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])).all():
-        raise Failed("a weight is not finite; the last checkpoint is from before that")
-    try:
-        write_whole(directory / "checkpoint.pt", lambda file: torch.save(run.state_dict(), file))
-    except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
-        raise Failed(f"the checkpoint cannot be written: {first_line(e)}") from e
-    say(f"checkpoint at {run.global_step}")
-
-
-def read_checkpoint(directory):
-    """The state in a run's directory. It cannot run code. Raises Refused if there is none, Failed if unusable."""
-    path = directory / "checkpoint.pt"
-    if not path.exists():
-        raise Refused(f"{directory} holds no checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums of what it reads
-            if archive.testzip() is not None:
-                raise ValueError("its checksums do not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"it was written by {state['script']}, and this is {SCRIPT}")
-        Args(**state["args"])
-        return state
-    except Exception as e:  # a damaged file can raise anything
-        raise Failed(f"{path} is not usable ({first_line(e)}); remove it to begin anew") from e
-
-
-def write_whole(path, write):
-    """Writes beside, flushes and renames: whoever reads sees the old file or the new one, whole."""
-    beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def write_json(path, value):
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-class Log:
-    """metrics.csv (global_step,env_steps,tag,value) and TensorBoard, cut back to what was logged before `step`."""
-
-    def __init__(self, directory, args, step):
-        self.action_repeat, path = args.action_repeat, directory / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) < step]
-        write_whole(path, lambda file: file.write("".join(["global_step,env_steps,tag,value\n", *kept]).encode()))
-        if args.track:  # Weights & Biases, mirroring TensorBoard
-            project = dict(project=args.wandb_project_name, entity=args.wandb_entity, config=dataclasses.asdict(args))
-            name = dict(name=directory.name, id=directory.name, dir=str(directory), resume="allow")
-            try:
-                import wandb
-
-                wandb.init(sync_tensorboard=True, **project, **name)
-            except Exception as e:  # not installed, no network, no account: a run is worth more than its mirror
-                say(f"warning: going on without Weights & Biases ({first_line(e)})", sys.stderr)
-        self.file, self.tensorboard = open(path, "a", buffering=1), SummaryWriter(str(directory), purge_step=step)
-
-    def add(self, step, values):
-        for tag, value in values.items():
-            self.file.write(f"{step},{step * self.action_repeat},{tag},{float(value)!r}\n")
-            self.tensorboard.add_scalar(tag, value, step)
-
-    def flush(self):
-        """All on the disk: a checkpoint counts on these lines."""
-        os.fsync(self.file.fileno())
-        self.tensorboard.flush()
-
-
-def run_directory(args):
-    """runs/<short env>__<exp_name>__<seed>[__<run_name>], or the directory given to --resume."""
-    env = re.sub("^dm_control/(.*)-v0$", r"\1", args.env_id.rpartition(":")[2]).replace("/", "_")
-    name = f"{env}__{args.exp_name}__{args.seed}" + f"__{args.run_name}" * bool(args.run_name)
-    return Path(args.resume or f"runs/{name}")
-
-
-def open_directory(args):
-    """Locks the run's directory. Returns it and the state to go on from, if there is one.
-
-    Raises Refused if the directory is in use, or holds a finished run or one with other arguments.
-    """
-    directory = run_directory(args)
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # a number, which nothing closes behind our back
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends; the workers do not inherit it
-    except OSError as e:
-        raise Refused(f"{directory} is in use by another process") from e
-    state = read_checkpoint(directory) if (directory / "checkpoint.pt").exists() else None
-    finished, starts = directory / "finished.json", directory / "versions.json"
-    if state:
-        old, new = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
-        step = state["progress"]["global_step"]
-        fixed = [name for name, found in notes().items() if FREE not in found]
-        other = [f"{name} {old[name]} -> {new[name]}" for name in fixed if old[name] != new[name]]
-        if other:
-            raise Refused(f"{directory} holds a run with other arguments ({'; '.join(other)}); give --run-name NAME")
-        if step >= args.total_timesteps + (0 if finished.exists() else args.num_envs):
-            hints = f"more --steps continue it, --run-name NAME begins another, --evaluate {directory} evaluates it"
-            raise Refused(f"{directory} holds a finished run of {step} decisions; {hints}")
-    finished.unlink(missing_ok=True)
-    write_json(directory / "args.json", dataclasses.asdict(args))
-
-    # Time, command line, git commit and the versions of Python and of every package of this start
-    describe = "git describe --always --exclude='*' --abbrev=40 --dirty=+changes 2>/dev/null"
-    where = shlex.quote(str(Path(__file__).parent))
-    failed, commit = subprocess.getstatusoutput(f"cd {where} && {describe}")  # where there is no git, or no repository
-    versions = {package.name: package.version for package in importlib.metadata.distributions()}
-    versions |= {"python": sys.version.split()[0], "git_commit": None if failed else commit}
-    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv} | versions
-    write_json(starts, (json.loads(starts.read_text()) if starts.exists() else []) + [start])
-    return directory, state
-
-
-class Bar(tqdm):
-    """A progress bar; where there is no terminal a plain line, at most one every half minute."""
-
-    def __init__(self, desc, total=None, initial=0):
-        self.terminal = sys.stderr.isatty()
-        options = {} if self.terminal else {"file": open(os.devnull, "w"), "mininterval": 30, "miniters": 1}
-        super().__init__(desc=desc, total=total, initial=initial, leave=False, dynamic_ncols=True, **options)
-
-    def display(self, msg=None, pos=None):
-        super().display(msg, pos)
-        if not self.terminal and msg is None:
-            print(self, file=sys.stderr, flush=True)
-
-
-say = tqdm.write  # a line for the user, above the progress bars
-
-
-# --- The loop ---------------------------------------------------------------------------------------------------------
-
-
-def due(every, step, stride):
-    """Whether the last iteration of `stride` decisions, ending at `step`, reached or passed a multiple of `every`."""
-    return every > 0 and step > 0 and step // every > (step - stride) // every
-
-
-def updates_due(args, step):
-    """Updates after pretraining that should have been made by `step`: floor(d utd_ratio), d decisions after warm-up."""
-    warm_up = -(-args.learning_starts // args.num_envs) * args.num_envs  # the first step at or past learning_starts
+def updates_due(args: Args, step: int) -> int:
+    """Count the updates that must be done by a global step: floor(utd_ratio x decisions after the warm-up)."""
+    warm_up = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
 
 
-def enter_episodes(run, envs):
-    """The first observations; in a run that is continued, the way back to where its unfinished episodes were.
-
-    Their seeds and their actions in the buffer must lead to the observations they were left at, bit for bit.
-    """
-    buffer, left = run.buffer, to_host(run.obs)
-    age = np.where(buffer.age > buffer.capacity, 0, buffer.age)  # of an episode of which the ring holds all
-    episodes = list(enumerate(run.episode.tolist()))  # by their names
-    obs = envs.reset(age >= 0, episodes)
-    for ago in range(age.max(), 0, -1):  # the last actions again; who joins later stands still until then
-        actions = to_host(buffer.columns(buffer.rows[(buffer.step - ago) % buffer.capacity]).action)
-        envs.step_async(actions * (age >= ago)[:, None])
-        obs, _, terminated, truncated = envs.step_wait()
-        obs = envs.reset((age == ago - 1) | terminated | truncated, episodes, obs)
-    strayed = (obs.view(np.int32) != left.view(np.int32)).any(1) & (run.global_step > 0)
-    if strayed.any():
-        who = np.flatnonzero(strayed).tolist()
-        say(f"warning: environments {who} do not repeat their episodes; they begin new ones", sys.stderr)
-        run.episode += torch.from_numpy(strayed)
-        obs = envs.reset(strayed, enumerate(run.episode.tolist()), obs)
-        for counted in (run.returns, run.mean, buffer.age):
-            counted[strayed] = 0
-    run.obs = to_device(obs, run.obs.device)
-
-
-def learn(run, pretraining):
-    """One update, with its reanalyze if that is due."""
+def train_step(run: Run, pretraining: bool) -> None:
+    """Sample a batch, reanalyze it if due, and update the networks."""
     args = run.args
-    draws = draw_update(args, run.mean.shape[2], run.generator)
-    which = np.random.default_rng([args.seed, run.pretrained, run.updates])  # of this update, on the host
-    batch = run.buffer.sample(which.random(args.batch_size))
-    run.pretrained += pretraining
-    run.updates += not pretraining
-    if not pretraining and args.reanalyze_interval and run.updates % args.reanalyze_interval == 0:
-        with record_function("reanalyze"):
-            reanalyze(run.functions.plan, run.model, run.buffer, batch, args, run.generator)
+    noise = sample_update_noise(args, run.prev_mean.shape[2], run.make_generator)
+    window_rng = np.random.default_rng([args.seed, run.pretraining_updates, run.updates])
+    batch = run.buffer.sample(window_rng.random(args.batch_size))
+    if pretraining:
+        run.pretraining_updates += 1
+    else:
+        run.updates += 1
+        if args.reanalyze_interval and run.updates % args.reanalyze_interval == 0:
+            with record_function("reanalyze"):
+                reanalyze(run.functions.plan, run.model, run.buffer, batch, args, run.make_generator)
     with record_function("update"):
-        run.measure(update(run.functions, run.model, run.optimizers, batch, draws, args, pretraining))
+        metrics = update(run.functions, run.model, run.optimizers, batch, noise, args, pretraining)
+        run.accumulate_metrics(metrics)
 
 
-def store(run, envs, action, expert, mean):
-    """Waits for the simulators, stores the step, and begins the next episodes of those that ended."""
+def pretrain(run: Run, monitor: "Monitor") -> None:
+    """Update the world model and the value heads learning_starts times. Stops early at a stop request."""
+    with ProgressBar("pretraining", run.args.learning_starts, run.pretraining_updates) as progress:
+        while run.pretraining_updates < run.args.learning_starts and not monitor.stop_requested:
+            train_step(run, pretraining=True)
+            progress.update()
+    monitor.restart_speed()
+
+
+def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, mean: Tensor) -> None:
+    """Store the transitions of a step. The next plans start from these means (E, T, A), except in new episodes."""
+    step = finish_step(run, envs)  # resets the environments whose episode ended
+    run.buffer.add(run.obs, action, expert, step.reward, step.terminated, step.next_obs, step.ended)
+    run.obs = step.obs
+    run.prev_mean = shift_plan(mean) * step.continues[:, None, None]
+
+
+def train(run: Run, envs: "Envs", monitor: "Monitor") -> int:
+    """Train until the run is done or asked to stop (BMPC, algorithm 1). Returns the exit code."""
+    args = run.args
+    while True:
+        # Pretrain once, after the warm-up
+        if run.global_step >= args.learning_starts and run.pretraining_updates < args.learning_starts:
+            pretrain(run, monitor)
+
+        # Write checkpoints, evaluate and log where due. None of it changes what is learned
+        exit_code = monitor.between_steps()
+        if exit_code is not None:
+            return exit_code
+
+        # Act: random actions in the warm-up, then the planner
+        with record_function("act"):
+            if run.global_step < args.learning_starts:
+                action, expert = random_action(args, run.prev_mean.shape[2], run.make_generator("act"))
+                mean = run.prev_mean
+            else:
+                action, expert, mean, metrics = act(
+                    run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
+                )
+                run.accumulate_metrics(metrics)
+            envs.step_async(to_host(action))
+
+        # Learn from the transitions so far, while the simulators run
+        while run.updates < updates_due(args, run.global_step + args.num_envs):
+            train_step(run, pretraining=False)
+
+        store_step(run, envs, action, expert, mean)
+
+
+# ======== Plumbing: the machinery of a run. Nothing below is specific to BMPC. ========
+
+
+class UsageError(Exception):
+    """A mistake in the command line or its context: one line for the user, exit code 2."""
+
+
+class RunError(Exception):
+    """A failure of the run: one line for the user, exit code 1."""
+
+
+def describe(error: BaseException) -> str:
+    """Describe an exception in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+# --- Environments -----------------------------------------------------------------------------------------------------
+
+
+class TaskInfo(NamedTuple):
+    """The properties of a task that the agent depends on."""
+
+    obs_dim: int
+    action_dim: int
+    episode_length: int | None  # in decisions; None: episodes have no time limit
+
+
+def resolve_env_id(task: str) -> str:
+    """Return the Gymnasium id of a task: that of dm_control for TD-MPC2's names, such as dog-run or cup-catch.
+
+    Ids with a version, and `module:Id`, whose module registers the environment, are returned unchanged.
+    """
+    if re.search(r":|^(?!dm_control/).*-v\d+$", task):
+        return task
+    try:
+        import shimmy  # noqa: F401 registers the tasks of dm_control
+    except Exception as e:  # the renderer named by MUJOCO_GL can raise anything
+        raise UsageError(f"dm_control cannot be imported: {describe(e)}") from e
+    domain, dash, name = task.removeprefix("dm_control/").removesuffix("-v0").partition("-")
+    domain = {"cup": "ball_in_cup", "pointmass": "point_mass"}.get(domain, domain)
+    return f"dm_control/{domain}{dash}{name.replace('-', '_')}-v0"
+
+
+class ActionRepeat(gym.Wrapper):
+    """Repeat each action and sum the rewards, without discount (TD-MPC2). Also renders frames."""
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        obs, _ = self.env.reset(seed=seed)
+        return obs, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Take up to `repeat` steps, fewer if the episode ends."""
+        total_reward = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, _ = self.env.step(action)
+            total_reward += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total_reward, terminated, truncated, {}
+
+    def render_frame(self) -> np.ndarray | None:
+        """Render a frame (height, width, 3). Returns None if the environment has no render mode or rendering fails."""
+        try:
+            return self.env.render() if self.env.render_mode else None
+        except Exception as e:  # graphics drivers can raise anything; a run does not depend on its video
+            print(f"warning: rendering failed: {describe(e)}", file=sys.stderr, flush=True)
+            self.render_frame = lambda: None  # after a failure, a second call may crash the process
+            return None
+
+
+def make_env(args: Args, render: bool = False) -> gym.Env:
+    """Make an environment with flat float32 observations and actions in [-1, 1].
+
+    Raises UsageError if its observations are images, or its action space is not a bounded Box of floats.
+    """
+    make = functools.partial(gym.make, args.env_id, disable_env_checker=True, **json.loads(args.env_kwargs))
+    try:
+        env = make(render_mode="rgb_array") if render else make()
+    except TypeError:  # some constructors do not accept render_mode
+        env = make()
+    obs_space = env.observation_space
+    action_space = env.action_space
+    if len(obs_space.shape or ()) > 2 or not isinstance(gym.spaces.flatten_space(obs_space), gym.spaces.Box):
+        raise UsageError(f"{args.env_id} has observations {obs_space}; only vectors are supported, not images")
+    is_float_box = isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
+    if not is_float_box or np.abs([action_space.low, action_space.high]).max() >= 1e6:
+        raise UsageError(f"{args.env_id} has the action space {action_space}; a bounded Box of floats is required")
+    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    unflatten = lambda action: action.reshape(action_space.shape)
+    env = gym.wrappers.TransformAction(env, unflatten, gym.spaces.flatten_space(action_space))
+    env = gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    return ActionRepeat(env, args.action_repeat)
+
+
+def inspect_task(args: Args) -> TaskInfo:
+    """Make the environment once to read its sizes. Raises UsageError if it cannot be made or is not supported."""
+    try:
+        env = make_env(args)
+    except UsageError:
+        raise
+    except Exception as e:  # constructors can raise anything
+        raise UsageError(f"{args.env_id} cannot be made: {describe(e)}") from e
+    dm_env = getattr(env.unwrapped, "_env", None)  # dm_control's own time limit, in simulator steps
+    limit = env.spec.max_episode_steps or getattr(dm_env, "_step_limit", math.inf)
+    episode_length = math.ceil(limit / args.action_repeat) if math.isfinite(limit) else None
+    return TaskInfo(env.observation_space.shape[0], env.action_space.shape[0], episode_length)
+
+
+@contextlib.contextmanager
+def env_errors() -> Iterator[None]:
+    """Raise whatever goes wrong in an environment as RunError."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as e:  # the worker closed its end of the pipe
+        traceback.clear_frames(e.__traceback__)  # garbage collection of these frames crashes Python 3.12
+        raise RunError(f"the process of an environment died: {describe(e)}") from e
+    except Exception as e:  # raised in the environment and passed on by gymnasium
+        raise RunError(f"an environment failed: {describe(e)}") from e
+
+
+class Envs(AsyncVectorEnv):
+    """Environments in worker processes, where every episode has a seed of its own.
+
+    There is no automatic reset, so the last observation of an episode is returned. All methods raise RunError if an
+    environment fails, its process dies, or an observation or reward is not finite.
+    """
+
+    @env_errors()
+    def __init__(self, args: Args, num_envs: int, render_first: bool = False):
+        self.seed = args.seed
+        env_fns = [functools.partial(make_env, args, render_first and i == 0) for i in range(num_envs)]
+        super().__init__(env_fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
+
+    def reset(self, mask: np.ndarray, episode_keys: Iterable[tuple], obs: np.ndarray | float = 0.0) -> np.ndarray:
+        """Start new episodes where mask (E,) is set. Each is seeded from its key, such as (environment, episode).
+
+        Returns obs (E, O) with the first observations of the new episodes.
+        """
+        if not mask.any():
+            return obs
+        seeds = [derive_seed(self.seed, *key) for key in episode_keys]
+        with env_errors():
+            first_obs, _ = super().reset(seed=seeds, options={"reset_mask": mask})
+        self.check_finite(first_obs, "an observation")
+        return np.where(mask[:, None], first_obs, obs)
+
+    call = env_errors()(AsyncVectorEnv.call)
+    step_async = env_errors()(AsyncVectorEnv.step_async)  # starts a step; the simulators run in the background
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Wait for the step. Returns obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,)."""
+        with env_errors():
+            obs, reward, terminated, truncated, _ = super().step_wait()
+        self.check_finite(obs, "an observation")
+        self.check_finite(reward, "a reward")
+        return obs, reward, terminated, truncated
+
+    def check_finite(self, values: np.ndarray, name: str) -> None:
+        """Raise RunError if one of values (E, ...) is not finite."""
+        not_finite = ~np.isfinite(values).reshape(self.num_envs, -1).all(1)
+        if not_finite.any():
+            raise RunError(f"environment {not_finite.argmax()} returned {name} that is not finite")
+
+    def close_extras(self, **options: Any) -> None:
+        """Kill the workers: they do not react to a request to close while they step."""
+        for process in self.processes:
+            process.kill()
+
+
+class EnvStep(NamedTuple):
+    """One step of all environments, on the device except for `ended`."""
+
+    next_obs: Tensor  # (E, O) true next observations, also where the episode ended
+    reward: Tensor  # (E,)
+    terminated: Tensor  # (E,) 1 or 0
+    ended: np.ndarray  # (E,) bool, on the host: terminated or truncated
+    obs: Tensor  # (E, O) next_obs, or the first observation of the next episode
+    continues: Tensor  # (E,) 1 where the episode goes on, else 0
+
+
+def finish_step(run: Run, envs: Envs) -> EnvStep:
+    """Wait for the step under way, update the episode counters and reset the environments whose episode ended."""
     with record_function("environment"):
         next_obs, reward, terminated, truncated = envs.step_wait()
     if terminated.any() and not run.args.episodic:
-        raise Refused(f"{run.args.env_id} ended an episode by termination; add --episodic")
+        raise UsageError(f"{run.args.env_id} ended an episode by termination; add --episodic")
     run.global_step += envs.num_envs
-    run.returns += torch.from_numpy(reward)
+    run.episode_return += torch.from_numpy(reward)
     ended = terminated | truncated
-    who, lengths = np.flatnonzero(ended).tolist(), run.buffer.age + 1
-    run.ended = [(i, int(run.episode[i]), float(run.returns[i]), int(lengths[i])) for i in who]
+    lengths = run.buffer.episode_step + 1
+    run.finished_episodes = [
+        (i, int(run.episode[i]), float(run.episode_return[i]), int(lengths[i])) for i in np.flatnonzero(ended).tolist()
+    ]
     run.episode += torch.from_numpy(ended)
-    run.returns[ended] = 0.0
+    run.episode_return[ended] = 0.0
     obs = envs.reset(ended, enumerate(run.episode.tolist()), next_obs)
+
+    # Copy everything to the device at once
     parts = [x.ravel() for x in (obs, next_obs, reward, terminated, ~ended)]
-    whole = to_device(np.concatenate(parts, dtype=np.float32), run.obs.device)  # the one copy of a vector step
-    obs, next_obs, reward, terminated, goes_on = whole.split([x.size for x in parts])
-    run.buffer.add(run.obs, action, expert, reward, terminated, next_obs.view_as(run.obs), ended)
-    run.obs, run.mean = obs.view_as(run.obs), shift(mean) * goes_on[:, None, None]
+    joined = to_device(np.concatenate(parts, dtype=np.float32), run.obs.device)
+    obs, next_obs, reward, terminated, continues = joined.split([x.size for x in parts])
+    return EnvStep(next_obs.view_as(run.obs), reward, terminated, ended, obs.view_as(run.obs), continues)
 
 
-def tell_hours(run, update):
-    """Says what a run takes in which an update takes so many seconds; a plan is tried. Nothing of the run changes."""
-    args = run.args
-    for _ in range(2):  # the first one compiles
-        clock = time.perf_counter()
-        act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
-    planning = (time.perf_counter() - clock) / args.num_envs  # of one state
-    renewed = args.horizon * args.reanalyze_batch_size / args.reanalyze_interval if args.reanalyze_interval else 0
-    learning = updates_due(args, args.total_timesteps) * (update + renewed * planning)
-    seconds = learning + (args.total_timesteps - run.global_step) * planning
-    say(f"this run takes about {tqdm.format_interval(seconds)} on this CPU, besides its evaluations")
-    if args.preset == "full":
-        say("for a machine without a GPU: --preset small --task cartpole-swingup")
+def start_episodes(run: Run, envs: Envs) -> None:
+    """Reset all environments. In a resumed run, also replay the actions of the unfinished episodes.
 
-
-def pretrain(run, stop):
-    """Updates of the world model alone, as many as decisions of warm-up."""
-    updates = run.args.learning_starts
-    with Bar("pretraining", updates, run.pretrained) as progress:
-        while run.pretrained < updates and not stop:
-            clock = time.perf_counter()
-            learn(run, pretraining=True)
-            progress.update()
-            if progress.n - progress.initial == 50 and run.obs.device.type == "cpu":  # the first updates compile
-                tell_hours(run, time.perf_counter() - clock)
-
-
-def train(run, envs, eval_envs, log, stop, directory):
-    """BMPC's Algorithm 1. Returns the exit code: 0 when done, 75 when asked to stop.
-
-    `stop` is a list that a signal fills, at any moment; empty, the run goes on.
+    The seeds and actions must lead to the observations of the checkpoint, bit for bit. Where they do not, or where the
+    replay buffer no longer holds the whole episode, the next episode starts instead.
     """
-    args, E = run.args, run.args.num_envs
-    progress = Bar("decisions", args.total_timesteps, run.global_step)
-    since, clock, told = run.global_step, time.perf_counter(), {}
-    while True:
-        # Pretraining when warm-up ends; a checkpoint; the end of a run that is asked to stop
-        if run.global_step >= args.learning_starts and run.pretrained < args.learning_starts and not stop:
-            pretrain(run, stop)
-            since, clock = run.global_step, time.perf_counter()
-        done, stopping = run.global_step >= args.total_timesteps, bool(stop)  # a signal may come at any moment
-        if stopping or done or run.global_step == 0 or due(args.checkpoint_freq, run.global_step, E):
-            log.flush()
-            save_checkpoint(run, directory)
-        if stopping:
-            return TRY_AGAIN
-
-        # Observers: they change nothing; a stop abandons an evaluation, so it comes before the losses are told
-        for env, episode, total, length in run.ended:
-            log.add(run.global_step, {"charts/episodic_return": total, "charts/episodic_length": length})
-            say(f"step {run.global_step}: environment {env}, episode {episode}: return {total:.1f}, {length} decisions")
-            told["return"] = f"{total:.1f}"
-        if eval_envs and (due(args.eval_freq, run.global_step, E) or done):
-            before = time.perf_counter()
-            returns = evaluate(run, eval_envs, stop, directory / "videos" / f"{run.global_step}.mp4")
-            if returns is None:
-                continue
-            log.add(run.global_step, returns)
-            told["evaluation"] = f"{returns['eval/episodic_return']:.1f}"
-            clock += time.perf_counter() - before
-        if due(args.log_freq, run.global_step, E) or (done and args.log_freq):
-            speed = (run.global_step - since) / (time.perf_counter() - clock)
-            log.add(run.global_step, run.means() | ({"charts/SPS": speed} if speed else {}))
-            run.metrics.clear()
-            since, clock = run.global_step, time.perf_counter()
-        if done:
-            log.flush()
-            write_json(directory / "finished.json", {"total_timesteps": args.total_timesteps})
-            return 0
-
-        # Act: random actions in warm-up, then the planner
-        with record_function("act"):
-            if run.global_step < args.learning_starts:
-                acted = *act_randomly(args, run.mean.shape[2], run.generator("act")), run.mean
-            else:
-                acted, metrics = act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
-                run.measure(metrics)
-            envs.step_async(to_host(acted[0]))  # the one copy to the host of a vector step
-
-        # Learn on the steps stored so far, while the simulators run; then store this one
-        while run.updates < updates_due(args, run.global_step + E):
-            learn(run, pretraining=False)
-        store(run, envs, *acted)
-        progress.set_postfix(told, refresh=False)
-        progress.update(E)
+    buffer = run.buffer
+    last_obs = to_host(run.obs)
+    steps = np.where(buffer.episode_step > buffer.capacity, 0, buffer.episode_step)  # (E,) decisions to replay
+    episode_keys = list(enumerate(run.episode.tolist()))
+    obs = envs.reset(steps >= 0, episode_keys)
+    for remaining in range(steps.max(), 0, -1):  # episodes with fewer steps start later, with a second reset
+        actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
+        envs.step_async(actions * (steps >= remaining)[:, None])
+        obs, _, terminated, truncated = envs.step_wait()
+        obs = envs.reset((steps == remaining - 1) | terminated | truncated, episode_keys, obs)
+    diverged = (obs.view(np.int32) != last_obs.view(np.int32)).any(1) & (run.global_step > 0)
+    if diverged.any():
+        env_ids = np.flatnonzero(diverged).tolist()
+        say(f"warning: environments {env_ids} do not reproduce their unfinished episodes; new ones start", sys.stderr)
+        run.episode += torch.from_numpy(diverged)
+        obs = envs.reset(diverged, enumerate(run.episode.tolist()), obs)
+        run.episode_return[diverged] = 0
+        run.prev_mean[diverged] = 0
+        buffer.episode_step[diverged] = 0
+    run.obs = to_device(obs, run.obs.device)
 
 
-# --- From the command line to a run -----------------------------------------------------------------------------------
+# --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
-def notes():
-    """By field of Args, what stands in its type: its Range, that it is Free."""
-    found = {}
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        parts = [hint, *get_args(hint)]  # in `Count | None` the Range is inside
-        found[name] = [note for part in parts for note in getattr(part, "__metadata__", ())]
-    return found
+def run_episodes(
+    run: Run, envs: Envs, use_planner: bool, stop_signals: list[int], frames: list[np.ndarray | None]
+) -> np.ndarray | None:
+    """Run eval_episodes episodes with the planner, or with the mean action of the policy.
+
+    Episode j has the same seed in every evaluation. With --capture-video, the frames of the planner's episode 0 are
+    appended to `frames`. Returns the returns of the episodes (float64), or None if a signal asked to stop.
+    """
+    args, num_envs = run.args, envs.num_envs
+    prev_mean = torch.zeros_like(run.prev_mean[:1]).repeat(num_envs, 1, 1)
+    returns = np.zeros(args.eval_episodes)
+    episode = np.arange(num_envs)  # of each environment; those from eval_episodes on do not count
+    generator = seeded_generator(args.seed, f"evaluation {run.global_step}", device=run.obs.device)
+    progress = ProgressBar(f"evaluating {'planner' if use_planner else 'policy alone'}, decisions")
+    obs = 0.0
+    ended = np.ones(num_envs, bool)
+    while (active := episode < args.eval_episodes).any():
+        if stop_signals:
+            return None
+        obs = envs.reset(ended, [("eval", j) for j in episode], obs)
+        if args.capture_video and use_planner and episode[0] == 0:
+            frames.append(envs.call("render_frame")[0])
+        device_obs = to_device(obs, run.obs.device)
+        if use_planner:
+            action, mean = eval_action(run.functions.plan, run.model, device_obs, prev_mean, args, generator)
+            prev_mean = shift_plan(mean)
+        else:
+            action = policy_action(run.model, device_obs, args)
+        envs.step_async(to_host(action))
+        obs, reward, terminated, truncated = envs.step_wait()
+        returns[episode[active]] += reward[active]
+        progress.update(num_envs)
+        ended = terminated | truncated
+        episode[ended] = episode.max() + 1 + np.arange(ended.sum())
+        prev_mean[ended] = 0.0
+    progress.close()
+    return returns
 
 
-def parse_args(argv=None):
-    """The command line as Args; a preset's or, with --resume or --evaluate RUN_DIR, that run's are the defaults."""
-    args = tyro.cli(Args, args=argv)  # says whose defaults; what is given beside them is read on them below
-    defaults, directory = PRESETS[args.preset], args.evaluate or args.resume
-    if directory:
-        defaults = read_checkpoint(Path(directory))["args"] | {"resume": "", "evaluate": ""}
-    return tyro.cli(Args, args=argv, default=Args(**defaults))
+def evaluate(run: Run, envs: Envs, stop_signals: list[int], video_path: Path) -> dict[str, float] | None:
+    """Evaluate with the planner and with the policy alone. Returns both mean returns; None if asked to stop."""
+    frames: list[np.ndarray | None] = []
+    planner_returns = run_episodes(run, envs, True, stop_signals, frames)
+    policy_returns = run_episodes(run, envs, False, stop_signals, frames)
+    if planner_returns is None or policy_returns is None:
+        return None
+    summarize = lambda x: f"{x.mean():.1f} +- {x.std():.1f} ({x.min():.1f} to {x.max():.1f})"
+    summary = f"planner {summarize(planner_returns)}, policy alone {summarize(policy_returns)}"
+    say(f"step {run.global_step}: evaluation: {summary}")
+    if frames:
+        write_video(video_path, frames, fps=30 / run.args.action_repeat)
+    return {"eval/episodic_return": planner_returns.mean(), "eval/policy_episodic_return": policy_returns.mean()}
 
 
-def fill_in(args):
-    """The arguments, checked, with every None that follows from others filled in, and what the task is."""
-    for name, found in notes().items():
-        value = getattr(args, name)
-        for wanted in found:
-            if value is not None and isinstance(wanted, Range) and not wanted.holds(value):
-                raise Refused(f"--{name.replace('_', '-')} is {value!r}; it must be {wanted.text}")
-    env_id = resolve_env_id(args.env_id)
-    repeat = args.action_repeat or (2 if env_id.startswith("dm_control/") else 1)
-    args = dataclasses.replace(args, env_id=env_id, action_repeat=repeat)
-    task, discount = inspect_task(args), args.discount
-    if discount is None:
-        if task.episode_length is None:
-            raise Refused(f"{args.env_id} has no step limit to take the discount from; give --discount")
-        n = task.episode_length / args.discount_denom
-        discount = min(max((n - 1) / n, args.discount_min), args.discount_max)
-    follows = dict(zip(SIZES, MODEL_SIZES[args.model_size], strict=True)) | {
-        "discount": discount,
-        "reanalyze_horizon": args.horizon,
-        "reanalyze_log_std_min": args.log_std_min,
-        "reanalyze_log_std_max": args.log_std_max,
-    }
-    args = dataclasses.replace(args, **{k: v for k, v in follows.items() if getattr(args, k) is None})
+def write_video(path: Path, frames: list[np.ndarray | None], fps: float) -> None:
+    """Write frames as mp4. A failure is only a warning: a run does not depend on its video."""
+    try:
+        import imageio.v2 as imageio
 
-    # What does not fit each other or the task
-    T, n = args.horizon, task.episode_length
-    low, high = args.reanalyze_log_std_min, args.reanalyze_log_std_max
-    for fits, message in (
-        (args.vmin < args.vmax and args.num_bins > 1, f"{args.num_bins} bins on [{args.vmin}, {args.vmax}]"),
-        (args.log_std_min <= args.log_std_max, f"--log-std-min is {args.log_std_min}, above --log-std-max"),
-        (low <= high, f"--reanalyze-log-std-min is {low}, above --reanalyze-log-std-max {high}"),
-        (args.min_std <= args.max_std, f"--min-std is {args.min_std}, above --max-std {args.max_std}"),
-        (args.discount_min <= args.discount_max, f"--discount-min is {args.discount_min}, above --discount-max"),
-        (args.num_elites <= args.num_samples, f"{args.num_elites} elites of {args.num_samples} samples"),
-        (args.num_pi_trajs < args.num_samples, f"{args.num_pi_trajs} policy proposals of {args.num_samples} samples"),
-        (args.latent_dim % args.simnorm_dim == 0, f"latent_dim {args.latent_dim} is no multiple of {args.simnorm_dim}"),
-        (args.reanalyze_batch_size <= args.batch_size, f"reanalyze takes more windows than {args.batch_size}"),
-        (args.learning_starts >= args.num_envs * T, f"learning_starts {args.learning_starts} holds no window"),
-        (args.buffer_size // args.num_envs > T + 1, f"buffer_size {args.buffer_size} holds no window per environment"),
-        (n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, less than the horizon of {T}"),
-        (
-            args.reanalyze_value_std_coef == 0 or not args.dual_policy_enabled,  # [V9]
-            "--reanalyze-value-std-coef is for one policy; with two, give --policy-value-std-coef",
-        ),
-        (
-            args.policy_value_std_coef == 0 or args.dual_policy_enabled,  # [V9]
-            "--policy-value-std-coef does nothing without --dual-policy-enabled",
-        ),
-    ):
-        if not fits:
-            raise Refused(message)
-    return args, task
+        path.parent.mkdir(exist_ok=True)
+        imageio.mimwrite(path, frames, fps=fps, macro_block_size=2)
+    except Exception as e:  # no renderer, no imageio, no ffmpeg
+        say(f"warning: no video at {path}: {describe(e)}", sys.stderr)
 
 
-def choose_device(args):
-    """The torch device, with precision and determinism set. Raises Refused if it is not there."""
+# --- Random numbers, devices, compilation -----------------------------------------------------------------------------
+
+
+def derive_seed(seed: int, *key: Any) -> int:
+    """Derive a seed from the seed of the run and a key: that of an episode, or of a generator."""
+    text = " ".join(map(str, (seed, *key)))
+    return int(np.random.SeedSequence(list(text.encode())).generate_state(1)[0])
+
+
+def seeded_generator(seed: int, *key: Any, device: torch.device | str) -> torch.Generator:
+    """Make a generator on the device, seeded from the seed of the run and a key."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, *key))
+
+
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to the device; to CUDA asynchronously. All copies to the device use this function."""
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def to_host(x: Tensor) -> np.ndarray:
+    """Copy a tensor to the host. All copies to the host use this function."""
+    return x.cpu().numpy()
+
+
+def select_device(args: Args) -> torch.device:
+    """Select the torch device and configure torch. Raises UsageError if the device is not available."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # with its number
+        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # with its index
     except (RuntimeError, AssertionError) as e:
-        raise Refused(f"--device {args.device}: {first_line(e)}") from e
+        raise UsageError(f"--device {args.device}: {describe(e)}") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision(args.matmul_precision)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    elif hasattr(ctypes.CDLL(None), "mallopt"):  # glibc keeps what tensors free: else its pages are zeroed anew
+    elif hasattr(ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory, since zeroing new pages takes time
         ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # whatever is made is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every tensor is written before it is read
     return device
 
 
-def begin_evaluation(args, task, device, envs, stop):
-    """Evaluates a run's checkpoint, of which it takes the model alone. Returns the exit code."""
+def make_functions(args: Args, device: torch.device) -> Functions:
+    """Compile the expensive functions, each to one graph per set of shapes. Without a compiler they stay eager."""
+    functions = compile_functions(args, device) if args.compile else Functions()
+    if device.type == "cuda":
+        return functions._replace(
+            plan=keep_outputs(functions.plan), world_model_loss=start_graph_step(functions.world_model_loss)
+        )
+    return functions._replace(plan=plan_in_chunks(functions.plan, max(1, 2048 // rollouts_per_state(args))))
+
+
+def compile_functions(args: Args, device: torch.device) -> Functions:
+    """Apply torch.compile to all functions. Compilation itself happens at their first calls."""
+    say("looking for a compiler ...")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # deprecations inside torch
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception as e:
+        say(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
+        return Functions()
+    torch._dynamo.config.recompile_limit = 64  # plans differ in batch size and options
+    CompileTimer.install()
+    on_cuda = device.type == "cuda"
+    options = {
+        "combo_kernels": on_cuda,  # fewer launches: independent kernels are merged,
+        "comprehensive_padding": False,  # and outputs are not copied out of padding
+        "triton.cudagraphs": on_cuda and args.cudagraphs,
+    }
+    return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in Functions()))
+
+
+class CompileTimer:
+    """Report compilations and measure the seconds they take."""
+
+    seconds = 0.0
+    started: float | None = None
+
+    @classmethod
+    def install(cls) -> None:
+        """Register with torch's compiler."""
+        torch._dynamo.callback.callback_handler.clear()
+        torch._dynamo.callback.on_compile_start(cls.on_start)
+        torch._dynamo.callback.on_compile_end(cls.on_end)
+
+    @classmethod
+    def on_start(cls, _: Any) -> None:
+        say("compiling ...")
+        cls.started = time.perf_counter()
+
+    @classmethod
+    def on_end(cls, _: Any) -> None:
+        say("compiled")
+        cls.seconds += time.perf_counter() - cls.started
+
+
+def plan_in_chunks(plan_fn: Callable[..., Plan], max_states: int) -> Callable[..., Plan]:
+    """Wrap a plan function so that it plans for at most max_states states at once, whose data fits a CPU's cache."""
+
+    def chunked_plan(
+        model: nn.Module, policy: nn.Module, obs: Tensor, prev_mean: Tensor, noise: PlanNoise, *args: Any
+    ) -> Plan:
+        num_chunks = math.ceil(len(obs) / max_states)
+        chunks = zip(*(x.tensor_split(num_chunks) for x in (obs, prev_mean, *noise)), strict=True)
+        plans = [plan_fn(model, policy, obs, mean, PlanNoise(*noise), *args) for obs, mean, *noise in chunks]
+        return Plan(*map(torch.cat, zip(*plans, strict=True)))
+
+    return chunked_plan
+
+
+def keep_outputs(plan_fn: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Wrap a plan function so that its outputs survive its next call, which overwrites those of a CUDA graph."""
+
+    def plan_and_copy(*args: Any) -> Plan:
+        torch.compiler.cudagraph_mark_step_begin()
+        return Plan(*(x.clone() for x in plan_fn(*args)))
+
+    return plan_and_copy
+
+
+def start_graph_step(function: Callable) -> Callable:
+    """Wrap the first function of an update: outputs of CUDA graphs are valid until the next update starts."""
+
+    def first_function(*args: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return function(*args)
+
+    return first_function
+
+
+# --- Checkpoints, log, run directory ----------------------------------------------------------------------------------
+#
+# A run is crash-only: every fault ends it, and since resuming is exact, nothing is lost by that. A checkpoint at step s
+# holds the run between two steps, before the evaluation and the log entries of step s. A run resumed at s repeats them,
+# after its log has been truncated to the entries before s.
+
+CHECKPOINT_FORMAT = 3
+OLDER_CHECKPOINTS = "commit 1775172"  # the last one that reads and writes format 2
+EXIT_RESUMABLE = 75  # exit code of a run that was asked to stop; the same command resumes it
+
+
+def checkpoint_contents(run: Run) -> dict[str, Any]:
+    """Collect everything that the future of the run depends on."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "args": dataclasses.asdict(run.args),
+        "model": run.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "buffer": run.buffer.state_dict(),
+        "metrics": run.metrics,
+        "global_step": run.global_step,
+        "pretraining_updates": run.pretraining_updates,
+        "updates": run.updates,
+        "training_seconds": run.training_seconds,
+        "obs": run.obs,
+        "prev_mean": run.prev_mean,
+        "episode": run.episode,
+        "episode_return": run.episode_return,
+        "finished_episodes": run.finished_episodes,
+    }
+
+
+def restore_run(run: Run, state: dict[str, Any]) -> None:
+    """Restore the contents of a checkpoint into a new run with the same arguments."""
+    device = run.obs.device
+    run.model.load_state_dict(state["model"])
+    for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer_state)
+    run.buffer.load_state_dict(state["buffer"])
+    run.metrics = {names: (total.to(device), count) for names, (total, count) in state["metrics"].items()}
+    run.global_step = state["global_step"]
+    run.pretraining_updates = state["pretraining_updates"]
+    run.updates = state["updates"]
+    run.training_seconds = state["training_seconds"]
+    run.obs = state["obs"].to(device)
+    run.prev_mean = state["prev_mean"].to(device)
+    run.episode = state["episode"]
+    run.episode_return = state["episode_return"]
+    run.finished_episodes = state["finished_episodes"]
+
+
+def save_checkpoint(run: Run, directory: Path) -> None:
+    """Write checkpoint.pt. Raises RunError, and writes nothing, if a weight is not finite or the disk is full."""
+    is_finite = torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])
+    if not to_host(is_finite).all():
+        raise RunError("a weight is not finite; the last checkpoint was written before that")
+    try:
+        atomic_write(directory / "checkpoint.pt", lambda file: torch.save(checkpoint_contents(run), file))
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        raise RunError(f"the checkpoint cannot be written: {describe(e)}") from e
+    say(f"checkpoint at {run.global_step}")
+
+
+def read_checkpoint(directory: Path) -> dict[str, Any]:
+    """Read the checkpoint of a run directory, without executing any code that it may contain.
+
+    Raises UsageError if there is none, RunError if it cannot be used.
+    """
+    path = directory / "checkpoint.pt"
+    if not path.exists():
+        raise UsageError(f"{directory} holds no checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
+            if archive.testzip() is not None:
+                raise ValueError("its checksums do not match")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "script" in state:
+            raise ValueError(f"it has an older format; {OLDER_CHECKPOINTS} of this project reads it")
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"it has format {state['format']}, and this version reads format {CHECKPOINT_FORMAT}")
+        Args(**state["args"])
+        return state
+    except Exception as e:  # a damaged file can raise anything
+        raise RunError(f"{path} cannot be used: {describe(e)}") from e
+
+
+def atomic_write(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it. Readers see the old or the new file."""
+    tmp_path = path.with_suffix(".tmp")
+    with open(tmp_path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp_path, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON."""
+    atomic_write(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+class Log:
+    """Writes metrics.csv (global_step, env_steps, tag, value) and TensorBoard, and mirrors it to Weights & Biases."""
+
+    def __init__(self, directory: Path, args: Args, step: int):
+        """Open the log of a run that starts at, or is resumed at, this step: entries from there on are removed."""
+        self.action_repeat = args.action_repeat
+        path = directory / "metrics.csv"
+        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+        kept_lines = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) < step]
+        text = "".join(["global_step,env_steps,tag,value\n", *kept_lines])
+        atomic_write(path, lambda file: file.write(text.encode()))
+        if args.track:
+            self.start_wandb(directory, args)
+        self.file = open(path, "a", buffering=1)
+        self.tensorboard = SummaryWriter(str(directory), purge_step=step)
+
+    def start_wandb(self, directory: Path, args: Args) -> None:
+        """Mirror TensorBoard to Weights & Biases. A failure is only a warning."""
+        try:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                config=dataclasses.asdict(args),
+                name=directory.name,
+                id=directory.name,
+                dir=str(directory),
+                resume="allow",
+                sync_tensorboard=True,
+            )
+        except Exception as e:  # not installed, no network, no account
+            say(f"warning: continuing without Weights & Biases ({describe(e)})", sys.stderr)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Log values by their tags."""
+        for tag, value in values.items():
+            self.file.write(f"{step},{step * self.action_repeat},{tag},{float(value)!r}\n")
+            self.tensorboard.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Flush everything to disk. A checkpoint relies on the entries before it."""
+        os.fsync(self.file.fileno())
+        self.tensorboard.flush()
+
+
+def run_directory(args: Args) -> Path:
+    """Return runs/<task>__<exp_name>__<seed>[__<run_name>], or the directory given to --resume."""
+    if args.resume:
+        return Path(args.resume)
+    task = re.sub("^dm_control/(.*)-v0$", r"\1", args.env_id.rpartition(":")[2]).replace("/", "_")
+    parts = [task, args.exp_name, str(args.seed)] + ([args.run_name] if args.run_name else [])
+    return Path("runs") / "__".join(parts)
+
+
+def lock_directory(directory: Path) -> None:
+    """Lock a run directory until this process ends. Raises UsageError if another process has locked it."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # a descriptor that is never closed
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
+    except OSError as e:
+        raise UsageError(f"{directory} is in use by another process") from e
+
+
+def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
+    """Raise UsageError if the run in the directory is finished, or if it has other arguments."""
+    old_args, new_args = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
+    fixed = [name for name, metadata in field_metadata().items() if RESUMABLE not in metadata]
+    changed = [f"{name} {old_args[name]} -> {new_args[name]}" for name in fixed if old_args[name] != new_args[name]]
+    if changed:
+        raise UsageError(f"{directory} holds a run with other arguments ({'; '.join(changed)}); give --run-name NAME")
+    step = state["global_step"]
+    is_finished = (directory / "finished.json").exists()
+    if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
+        advice = f"more --steps continue it, --run-name NAME starts another, --evaluate {directory} evaluates it"
+        raise UsageError(f"{directory} holds a finished run of {step} decisions; {advice}")
+
+
+def open_run_directory(args: Args) -> tuple[Path, dict[str, Any] | None]:
+    """Create or reopen the run directory and lock it. Returns it, and the contents of its checkpoint if there is one.
+
+    Raises UsageError if the directory is in use, or holds a finished run or one with other arguments.
+    """
+    directory = run_directory(args)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock_directory(directory)
+    state = read_checkpoint(directory) if (directory / "checkpoint.pt").exists() else None
+    if state:
+        check_resumable(directory, state, args)
+    (directory / "finished.json").unlink(missing_ok=True)
+    write_json(directory / "args.json", dataclasses.asdict(args))
+    record_start(directory / "versions.json")
+    return directory, state
+
+
+def record_start(path: Path) -> None:
+    """Append time, command line, git commit and the versions of Python and all packages to versions.json."""
+    git_describe = "git describe --always --exclude='*' --abbrev=40 --dirty=+changes 2>/dev/null"
+    failed, commit = subprocess.getstatusoutput(f"cd {shlex.quote(str(Path(__file__).parent))} && {git_describe}")
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
+    start |= {package.name: package.version for package in importlib.metadata.distributions()}
+    start |= {"python": sys.version.split()[0], "git_commit": None if failed else commit}
+    write_json(path, (json.loads(path.read_text()) if path.exists() else []) + [start])
+
+
+# --- Progress ---------------------------------------------------------------------------------------------------------
+
+
+class ProgressBar(tqdm):
+    """A progress bar. Without a terminal, it prints a line at most every 30 seconds."""
+
+    def __init__(self, desc: str, total: int | None = None, initial: int = 0):
+        self.has_terminal = sys.stderr.isatty()
+        options = {} if self.has_terminal else {"file": open(os.devnull, "w"), "mininterval": 30, "miniters": 1}
+        super().__init__(desc=desc, total=total, initial=initial, leave=False, dynamic_ncols=True, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        super().display(msg, pos)
+        if not self.has_terminal and msg is None:
+            print(self, file=sys.stderr, flush=True)
+
+
+say = tqdm.write  # prints a line above the progress bars
+
+
+def crossed_multiple(interval: int, step: int, stride: int) -> bool:
+    """Tell whether the last `stride` decisions before `step` reached or passed a multiple of `interval`."""
+    return step > 0 and step // interval > (step - stride) // interval
+
+
+class Monitor:
+    """Writes checkpoints, evaluates and logs between two steps, and decides when the run ends."""
+
+    def __init__(self, run: Run, eval_envs: Envs | None, log: Log, stop_signals: list[int], directory: Path):
+        self.run = run
+        self.eval_envs = eval_envs
+        self.log = log
+        self.stop_signals = stop_signals  # signal handlers append to it at any time
+        self.directory = directory
+        self.progress = ProgressBar("decisions", run.args.total_timesteps, run.global_step)
+        self.postfix: dict[str, str] = {}
+        self.clock_start = self.read_clock()
+        self.speed_start = (run.global_step, run.training_seconds)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal asked the run to stop."""
+        return bool(self.stop_signals)
+
+    @staticmethod
+    def read_clock() -> float:
+        """Read a clock that stands still while functions are compiled, in seconds."""
+        return time.perf_counter() - CompileTimer.seconds
+
+    def add_training_seconds(self) -> None:
+        """Add the time since clock_start to the training time of the run."""
+        now = self.read_clock()
+        self.run.training_seconds += now - self.clock_start
+        self.clock_start = now
+
+    def restart_speed(self) -> None:
+        """Measure decisions per second from here on."""
+        self.add_training_seconds()
+        self.speed_start = (self.run.global_step, self.run.training_seconds)
+
+    def between_steps(self) -> int | None:
+        """Do what is due at this step. Returns the exit code if the run ends here."""
+        self.add_training_seconds()
+        run, args = self.run, self.run.args
+        done = run.global_step >= args.total_timesteps
+        is_due = lambda interval: interval > 0 and (done or crossed_multiple(interval, run.global_step, args.num_envs))
+        if self.stop_requested:
+            return self.stop()
+        if done or run.global_step == 0 or is_due(args.checkpoint_freq):
+            self.save()
+        self.log_episodes()
+        if is_due(args.eval_freq):
+            video_path = self.directory / "videos" / f"{run.global_step}.mp4"
+            returns = evaluate(run, self.eval_envs, self.stop_signals, video_path)
+            if returns is None:
+                return self.stop()
+            self.log.add(run.global_step, returns)
+            self.postfix["evaluation"] = f"{returns['eval/episodic_return']:.1f}"
+        if is_due(args.log_freq):
+            self.log_metrics()
+        if is_due(args.eval_freq) or is_due(args.log_freq):
+            updates = run.pretraining_updates + run.updates
+            counters = {"charts/updates": updates, "charts/training_seconds": run.training_seconds}
+            self.log.add(run.global_step, counters)
+        if done:
+            self.log.flush()
+            write_json(self.directory / "finished.json", {"total_timesteps": args.total_timesteps})
+            return 0
+        self.progress.set_postfix(self.postfix, refresh=False)
+        self.progress.update(run.global_step - self.progress.n)
+        self.clock_start = self.read_clock()
+        return None
+
+    def save(self) -> None:
+        """Write a checkpoint, after the log entries before it."""
+        self.log.flush()
+        save_checkpoint(self.run, self.directory)
+
+    def stop(self) -> int:
+        """Write a checkpoint and return the exit code of a run that was asked to stop."""
+        self.save()
+        return EXIT_RESUMABLE
+
+    def log_episodes(self) -> None:
+        """Log and print the training episodes that ended with the last step."""
+        step = self.run.global_step
+        for env_id, episode, episode_return, length in self.run.finished_episodes:
+            self.log.add(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
+            say(
+                f"step {step}: environment {env_id}, episode {episode}: return {episode_return:.1f}, {length} decisions"
+            )
+            self.postfix["return"] = f"{episode_return:.1f}"
+
+    def log_metrics(self) -> None:
+        """Log the means of the metrics, and the decisions per second, since the last time."""
+        run = self.run
+        values = run.mean_metrics()
+        start_step, start_seconds = self.speed_start
+        if run.global_step > start_step:
+            values["charts/SPS"] = (run.global_step - start_step) / (run.training_seconds - start_seconds)
+        self.log.add(run.global_step, values)
+        run.metrics.clear()
+        self.restart_speed()
+
+
+# --- Arguments and their checks ---------------------------------------------------------------------------------------
+
+
+def field_metadata() -> dict[str, list[Any]]:
+    """Return for each argument the metadata of its type: its Constraint, and RESUMABLE."""
+    metadata = {}
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        types = [hint, *get_args(hint)]  # in `PositiveInt | None`, the constraint belongs to a part of the type
+        metadata[name] = [item for type_ in types for item in getattr(type_, "__metadata__", ())]
+    return metadata
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Parse the command line. The defaults are those of a preset, or of the run given to --resume or --evaluate."""
+    args = tyro.cli(Args, args=argv)
+    defaults = PRESETS[args.preset]
+    if directory := args.evaluate or args.resume:
+        defaults = read_checkpoint(Path(directory))["args"] | {"resume": "", "evaluate": ""}
+    return tyro.cli(Args, args=argv, default=Args(**defaults))
+
+
+def check_constraints(args: Args) -> None:
+    """Raise UsageError if an argument violates the constraint of its field."""
+    for name, metadata in field_metadata().items():
+        value = getattr(args, name)
+        for item in metadata:
+            if value is not None and isinstance(item, Constraint) and not item.is_satisfied(value):
+                raise UsageError(f"--{name.replace('_', '-')} is {value!r}; it must be {item.description}")
+
+
+def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
+    """Check the arguments, replace every None that follows from the task or other arguments, and inspect the task.
+
+    Raises UsageError if an argument is not valid.
+    """
+    check_constraints(args)
+    env_id = resolve_env_id(args.env_id)
+    action_repeat = args.action_repeat or (2 if env_id.startswith("dm_control/") else 1)
+    args = dataclasses.replace(args, env_id=env_id, action_repeat=action_repeat)
+    task = inspect_task(args)
+    if args.discount is None:
+        args = dataclasses.replace(args, discount=default_discount(args, task))
+    args = resolve_algorithm_args(args)
+    for is_satisfied, message in (*check_args(args, task), *check_algorithm_args(args)):
+        if not is_satisfied:
+            raise UsageError(message)
+    return args, task
+
+
+def default_discount(args: Args, task: TaskInfo) -> float:
+    """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if that has no limit."""
+    if task.episode_length is None:
+        raise UsageError(f"{args.env_id} has no time limit to compute the discount from; give --discount")
+    n = task.episode_length / args.discount_denom
+    return min(max((n - 1) / n, args.discount_min), args.discount_max)
+
+
+def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
+    """Yield pairs of a condition that arguments and task must satisfy together, and the error if they do not."""
+    T, n = args.horizon, task.episode_length
+    yield args.num_bins > 1, f"--num-bins is {args.num_bins}; two-hot distributions need at least 2"
+    yield args.vmin < args.vmax, f"--vmin is {args.vmin}, not below --vmax {args.vmax}"
+    yield args.log_std_min <= args.log_std_max, f"--log-std-min is {args.log_std_min}, above --log-std-max"
+    yield args.min_std <= args.max_std, f"--min-std is {args.min_std}, above --max-std {args.max_std}"
+    yield args.discount_min <= args.discount_max, f"--discount-min is {args.discount_min}, above --discount-max"
+    yield args.num_elites <= args.num_samples, f"--num-elites is {args.num_elites}, above --num-samples"
+    yield args.num_pi_trajs < args.num_samples, f"--num-pi-trajs is {args.num_pi_trajs}, not below --num-samples"
+    yield (
+        args.latent_dim % args.simnorm_dim == 0,
+        f"--latent-dim is {args.latent_dim}, not a multiple of --simnorm-dim {args.simnorm_dim}",
+    )
+    yield (
+        args.learning_starts >= args.num_envs * T,
+        f"--learning-starts is {args.learning_starts}; the first window of {T} decisions needs {args.num_envs * T}",
+    )
+    yield (
+        args.buffer_size // args.num_envs > T + 1,
+        f"--buffer-size is {args.buffer_size}; {args.num_envs} environments need at least {args.num_envs * (T + 2)}",
+    )
+    yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, less than --horizon {T}"
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+def catch_stop_signals() -> list[int]:
+    """Install signal handlers that append to the list returned. A second Ctrl-C ends the process at once.
+
+    Worker processes inherit them, so that they ignore the signals: the main process alone decides when to stop.
+    """
+    stop_signals: list[int] = []
+
+    def handle_signal(number: int, frame: Any) -> None:
+        stop_signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handle_signal)
+    return stop_signals
+
+
+def make_eval_envs(args: Args) -> Envs:
+    """Make the environments of an evaluation."""
+    return Envs(args, min(args.eval_episodes, args.num_envs), args.capture_video)
+
+
+def evaluate_checkpoint(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
+    """Evaluate the model in a run's checkpoint. Returns the exit code."""
+    eval_envs = make_eval_envs(args)  # worker processes are forked before torch starts threads or CUDA
+    device = select_device(args)
     directory = Path(args.evaluate)
     state = read_checkpoint(directory)
-    run = Run(dataclasses.replace(args, buffer_size=1), task, device)
-    run.global_step = state["progress"]["global_step"]
+    run = Run(dataclasses.replace(args, buffer_size=args.num_envs), task, device)
+    run.global_step = state["global_step"]
     say(f"evaluating {directory} at step {run.global_step}, on {device}")
     try:
         run.model.load_state_dict(state["model"])
     except RuntimeError as e:
-        raise Refused(f"the model of {directory} does not fit these arguments") from e
-    returns = evaluate(run, envs, stop, directory / "videos" / f"evaluate-{run.global_step}.mp4")
-    return 0 if returns else TRY_AGAIN
+        raise UsageError(f"the model of {directory} does not fit these arguments") from e
+    video_path = directory / "videos" / f"evaluate-{run.global_step}.mp4"
+    returns = evaluate(run, eval_envs, stop_signals, video_path)
+    return 0 if returns else EXIT_RESUMABLE
 
 
-def begin(args):
-    """Trains a run from its beginning or its checkpoint, or evaluates one. Returns the exit code."""
-    (args, task), eval_envs, stop = fill_in(args), None, []  # `stop`: the signals that came
-
-    def ask(number, frame):  # also in the workers, where nothing listens: this process alone decides when to stop
-        stop.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, ask)
-    say(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
-    envs = None if args.evaluate else Envs(args, args.num_envs)  # before torch starts its threads, and CUDA
-    if args.evaluate or args.eval_freq:
-        eval_envs = Envs(args, min(args.eval_episodes, args.num_envs), args.capture_video)
-    device = choose_device(args)
-    if device.type == "cpu" and torch.get_num_threads() > 1 and os.getloadavg()[0] > 0.5 * os.cpu_count():
-        say("this machine is busy: beside others a run is fastest with one thread; set OMP_NUM_THREADS=1")
-    if args.evaluate:
-        return begin_evaluation(args, task, device, eval_envs, stop)
-    directory, state = open_directory(args)
+def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
+    """Start or resume a run. Returns the exit code."""
+    envs = Envs(args, args.num_envs)  # worker processes are forked before torch starts threads or CUDA
+    eval_envs = make_eval_envs(args) if args.eval_freq else None
+    device = select_device(args)
+    if device.type == "cpu" and args.preset == "full":
+        say("no GPU: a full-size run takes days on a CPU; --preset small is made for one")
+    directory, state = open_run_directory(args)
     say(f"{directory}, on {device}")
     run = Run(args, task, device)
     if state:
-        run.load_state_dict(state)
-        say(f"continuing at step {run.global_step}")
-    state = None  # a copy of the buffer
-    enter_episodes(run, envs)
+        restore_run(run, state)
+        del state  # it holds a copy of the replay buffer
+        say(f"resuming at step {run.global_step}")
+    start_episodes(run, envs)
     log = Log(directory, args, run.global_step)
+    monitor = Monitor(run, eval_envs, log, stop_signals, directory)
     try:
-        trace = lambda profiler: profiler.export_chrome_trace(str(directory / "trace.json"))
-        with torch.profiler.profile(on_trace_ready=trace) if args.profile else contextlib.nullcontext():
-            return train(run, envs, eval_envs, log, stop, directory)
+        with profile(directory / "trace.json") if args.profile else contextlib.nullcontext():
+            return train(run, envs, monitor)
     except Exception as e:
-        try:
-            run.means()
-        except Failed as found:  # a loss was not finite: what failed did so because of it
-            raise Failed(f"step {run.global_step}: {found}") from e
-        if isinstance(e, (Refused, Failed, OSError)):
-            raise type(e)(f"step {run.global_step}: {e}") from e
-        if not stop:
-            raise
-        say(f"warning: {first_line(e)}", sys.stderr)  # the signal reached a compiler too, say
-        return TRY_AGAIN  # from the last checkpoint
+        return explain_failure(run, e, stop_signals)
 
 
-def main(argv=None):
-    """Runs the command line. Returns the exit code, having told in one line what went wrong."""
-    warnings.simplefilter("ignore")  # simulators and torch's compiler warn of what no user can change
+def profile(path: Path) -> torch.profiler.profile:
+    """Make a profiler that writes its trace to a file."""
+    return torch.profiler.profile(on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
+
+
+def explain_failure(run: Run, error: Exception, stop_signals: list[int]) -> int:
+    """Raise the error with the step it occurred at. Returns the exit code if a stop signal caused it."""
+    try:
+        run.mean_metrics()
+    except RunError as e:  # a loss that is not finite is the cause of whatever failed later
+        raise RunError(f"step {run.global_step}: {e}") from error
+    if isinstance(error, (UsageError, RunError, OSError)):
+        raise type(error)(f"step {run.global_step}: {error}") from error
+    if not stop_signals:
+        raise error
+    say(f"warning: {describe(error)}", sys.stderr)  # for example, the signal also interrupted a compiler process
+    return EXIT_RESUMABLE  # the run resumes from the last checkpoint
+
+
+def select_renderer() -> None:
+    """Let MuJoCo render without a display. Must be called before MuJoCo is imported."""
+    if not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):
+        found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
+        os.environ["MUJOCO_GL"] = found[0].lower() if found else "disable"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Prints an error in one line. Returns the exit code."""
+    warnings.simplefilter("ignore")  # simulators and torch's compiler warn of what users cannot change
     try:
         args = parse_args(argv)
-        if args.capture_video and not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):  # before MuJoCo is imported
-            found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
-            os.environ["MUJOCO_GL"] = found[0].lower() if found else "disable"
-        return begin(args)
-    except (Refused, Failed, OSError, MemoryError, torch.OutOfMemoryError) as e:
+        if args.capture_video:
+            select_renderer()
+        args, task = resolve_args(args)
+        stop_signals = catch_stop_signals()
+        say(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
+        return (evaluate_checkpoint if args.evaluate else run_training)(args, task, stop_signals)
+    except (UsageError, RunError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
-            e = "the memory is full; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
+            e = "out of memory; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
         print(f"{Path(__file__).name}: error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, Refused) else 1
+        return 2 if isinstance(e, UsageError) else 1
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file is read while the run goes on
+    sys.stdout.reconfigure(line_buffering=True)  # log files are read while the run goes on
     sys.exit(main())

@@ -31,7 +31,7 @@ SMALL = dict(
 
 
 def small_args(script=bmpc, **changes):
-    """A script's Args as fill_in leaves them, nothing None that must not be, at sizes a slow oracle can follow."""
+    """A script's Args as resolve_args leaves them, nothing None that must not be, at sizes a slow oracle can follow."""
     given = SMALL | changes
     for name in ("horizon", "log_std_min", "log_std_max"):
         given.setdefault(f"reanalyze_{name}", given.get(name, getattr(bmpc.Args, name)))
@@ -43,8 +43,8 @@ def generator(seed=0):
 
 
 def named(seed=0):
-    """Generators by their names, as Run.generator makes them at one place."""
-    return lambda name: bmpc.make_generator(seed, name, CPU)
+    """Generators by purpose, as Run.make_generator makes them at one point of a run."""
+    return lambda purpose: bmpc.seeded_generator(seed, purpose, device=CPU)
 
 
 def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
@@ -64,13 +64,13 @@ def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
     return model
 
 
-def make_batch(args, task=TASK, seed=0):
+def make_batch(args, task=TASK, seed=0, script=bmpc):
     """A batch of noise, with an expert for each policy."""
     rng, T, B, A = generator(seed), args.horizon, args.batch_size, task.action_dim
     normal = lambda *shape: torch.randn(shape, generator=rng)
-    experts = []
+    expert = []
     for _ in range(1 + getattr(args, "dual_policy_enabled", False)):
-        experts += [normal(T, B, A).clamp(-1, 1), 0.05 + torch.rand(T, B, A, generator=rng)]
+        expert += [normal(T, B, A).clamp(-1, 1), 0.05 + torch.rand(T, B, A, generator=rng)]
     obs = normal(T + 1, B, task.obs_dim)
     return bmpc.Batch(
         obs=obs[:T],
@@ -78,9 +78,14 @@ def make_batch(args, task=TASK, seed=0):
         action=normal(T, B, A).clamp(-1, 1),
         reward=3 * normal(T, B),
         terminated=(torch.rand(T, B, generator=rng) < 0.3) * 1.0,
-        expert=torch.stack(experts, 2),
-        place=torch.arange(T * B).view(T, B),
+        expert=script.Expert(*expert),
+        index=torch.arange(T * B).view(T, B),
     )
+
+
+def stack_expert(expert):
+    """The parts of an expert as one tensor, (..., 2, A), with two policies (..., 4, A)."""
+    return torch.stack([part for part in expert if part is not None], -2)
 
 
 @pytest.fixture
@@ -110,7 +115,7 @@ class FakeEnvs:
         return np.stack(columns, 1).astype(np.float32)
 
     def reset(self, mask, episodes, obs=0.0):
-        seeds = [bmpc.make_seed(self.own, *name) for name in episodes]
+        seeds = [bmpc.derive_seed(self.own, *name) for name in episodes]
         for i in np.flatnonzero(mask):
             self.step[i], self.seed[i] = 0, seeds[i]
             self.begun.append((int(i), seeds[i]))
@@ -136,7 +141,7 @@ class FakePlanner:
         self.script, self.obs, self.previous, self.policies, self.args, self.coefs = script, [], [], [], [], []
         self.answers, self.states = [], 0
 
-    def __call__(self, model, policy, obs, mean, draws, args, *coef):
+    def __call__(self, model, policy, obs, mean, noise, args, *coef):
         S, T, A = mean.shape
         self.obs.append(obs.clone())
         self.previous.append(mean.clone())
@@ -154,7 +159,7 @@ def start(args, envs, functions=None, script=bmpc):
     """A run on fake environments, before its first decision."""
     run = script.Run(args, TASK, CPU)
     run.functions = functions or script.Functions()
-    script.enter_episodes(run, envs)
+    script.start_episodes(run, envs)
     return run
 
 
@@ -162,7 +167,7 @@ def train(run, envs, directory, eval_envs=None, script=bmpc):
     """The whole of this run; what it writes is in the directory."""
     directory.mkdir(exist_ok=True)
     log = script.Log(directory, run.args, run.global_step)
-    assert script.train(run, envs, eval_envs, log, [], directory) == 0
+    assert script.train(run, envs, script.Monitor(run, eval_envs, log, [], directory)) == 0
     log.flush()
 
 

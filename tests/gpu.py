@@ -57,13 +57,13 @@ def check_waits(options):
         rows = np.zeros(run.args.num_envs, np.float32)
         for mode in ("default", "error"):  # first Adam's state and cuBLAS's workspaces are made
             alarm(mode)
-            planning = run.functions.plan, run.model, run.obs, run.mean, run.args, run.generator
-            (action, expert, _), metrics = script.act(*planning)
-            run.measure(metrics)
+            planning = run.functions.plan, run.model, run.obs, run.prev_mean, run.args, run.make_generator
+            action, expert, _, metrics = script.act(*planning)
+            run.accumulate_metrics(metrics)
             reward = script.to_device(rows, bench.device)
             run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0)
-            script.learn(run, pretraining=False)
-            script.learn(run, pretraining=False)  # with reanalyze
+            script.train_step(run, pretraining=False)
+            script.train_step(run, pretraining=False)  # with reanalyze
         alarm("default")
         said(f"waits: none in {name}")
 
@@ -120,7 +120,7 @@ def train(options, seconds):
     flags += f" --no-compile --learning-starts 16 --log-freq 4 --steps 24 --eval-freq 0 {SMALL}" * options.small
     with tempfile.TemporaryDirectory() as cwd:
         code, text = run_script("bmpc", cwd, *flags.split(), limit=0 if options.small else seconds)
-        if code not in (0, bmpc.TRY_AGAIN):
+        if code not in (0, bmpc.EXIT_RESUMABLE):
             raise SystemExit(f"the training run failed with code {code}:\n{text}")
         found = runs.numbers(cwd, speeds=True)
     of = lambda tag: [(step, value) for step, _, name, value in found if name == tag]
@@ -150,7 +150,7 @@ def main(argv=None):
     if options.device == "cuda" and not torch.cuda.is_available():
         said("no GPU on this machine: tests/gpu.py measures nothing")
         return 1
-    device = bmpc.choose_device(bmpc.Args(device=options.device))
+    device = bmpc.select_device(bmpc.Args(device=options.device))
     card = torch.cuda.get_device_properties(0) if device.type == "cuda" else None
     who = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}" if card else platform.machine()
     said(f"{who}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")

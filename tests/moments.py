@@ -109,5 +109,5 @@ def hide(script, module, path="main", number=1):
 
 def compile_only(script, name):
     """With --compile, compiles this of the functions worth compiling and leaves the others as they are."""
-    compiled = script.compiled
-    script.compiled = lambda *given: script.Functions(**{name: getattr(compiled(*given), name)})
+    compile_functions = script.compile_functions
+    script.compile_functions = lambda *given: script.Functions(**{name: getattr(compile_functions(*given), name)})

@@ -21,7 +21,7 @@ def normed(layer, head, x, keep, activation):
         x = x * keep
     if activation == "none":
         return x
-    x = F.layer_norm(x, x.shape[-1:], layer.scale[head], layer.shift[head])
+    x = F.layer_norm(x, x.shape[-1:], layer.ln_weight[head], layer.ln_bias[head])
     if activation == "mish":
         return x * torch.tanh(F.softplus(x))
     return torch.cat([torch.softmax(group, -1) for group in x.split(activation, -1)], -1)
@@ -32,7 +32,9 @@ def network(net, head, x, keep=None):
     *hidden, last = net.layers
     for layer in hidden:
         x, keep = normed(layer, head, x, keep, "mish"), None
-    return normed(last, head, x, keep, last.activation.keywords["group"] if last.activation else "none")
+    return normed(
+        last, head, x, keep, last.activation.keywords["group_size"] if hasattr(last, "activation") else "none"
+    )
 
 
 def gaussian(policy, z, args):
@@ -122,7 +124,7 @@ def world_model_loss(model, batch, draws, args):
     T, Q, R, H = args.horizon, args.num_q, args.num_rollouts, heads(args)
     td = draws.td if draws.td.dim() == 6 else draws.td[None]  # (H or 1, R, td_horizon, T, B, A)
     z_true, parts, ys = [network(model.encoder, 0, obs) for obs in [*batch.obs, batch.next_obs[-1]]], {}, []
-    keep = draws.dropout / (1 - args.dropout)
+    keep = draws.dropout_mask / (1 - args.dropout)
     z = [[z_true[0]] for _ in range(H)]
 
     def add(name, value, t, of=1):
@@ -167,13 +169,13 @@ def world_model_loss(model, batch, draws, args):
 
 def policy_loss(policy, ema, scale, z, expert, args):
     """A policy's loss, the new S and the losses by name."""
-    lam, A = weights(args), expert.shape[-1]
+    lam, A = weights(args), expert[0].shape[-1]
     reduce = (lambda kl: kl.sum(-1) / A) if args.kl_reduction == "mean" else (lambda kl: kl.sum(-1))
     kls, entropies, trusts = [], [], []
     for t in range(args.horizon):
         pi = Normal(*gaussian(policy, z[t], args))
-        std = torch.maximum(args.expert_std_scale * expert[t, :, 1], torch.tensor(args.expert_std_min))
-        kls.append(reduce(kl_divergence(pi, Normal(expert[t, :, 0], std))))
+        std = torch.maximum(args.expert_std_scale * expert[1][t], torch.tensor(args.expert_std_min))
+        kls.append(reduce(kl_divergence(pi, Normal(expert[0][t], std))))
         entropies.append(pi.entropy().sum(-1))
         if args.policy_trust_region_coef:
             mean, std = gaussian(ema, z[t], args)
@@ -237,7 +239,7 @@ class Learner:
             if len(drawn_from) > 1:
                 parts["kl_between_policies"] = kl_divergence(drawn_from[1], drawn_from[0]).mean()
             for k, (name, policy, ema) in enumerate(self.policies):
-                expert = batch.expert[:, :, 2 * k : 2 * k + 2]
+                expert = batch.expert[2 * k : 2 * k + 2]
                 one, self.scales[k], more = policy_loss(policy, ema, self.scales[k], z, expert, args)
                 loss, parts = loss + one, parts | {name + key: value for key, value in more.items()}
                 follow += [(ema, policy, args.policy_ema_tau)] * (ema is not None)

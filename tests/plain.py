@@ -11,13 +11,13 @@ from oracle import drawn, heads, imagined, network
 @torch.no_grad()
 def plan(model, policy, obs, mean, draws, args, coef=None):
     """The fields of the scripts' Plan; the last one, of the heads' spread, only where that has a coefficient."""
-    z, (_, P, _, _) = network(model.encoder, 0, obs)[:, None], draws.proposals.shape
+    z, (_, P, _, _) = network(model.encoder, 0, obs)[:, None], draws.policy.shape
     state, proposals = z.expand(-1, P, -1), []
-    for eps in draws.proposals.unbind(2):  # the policy's sequences, rolled through the model
+    for eps in draws.policy.unbind(2):  # the policy's sequences, rolled through the model
         proposals.append(drawn(policy, state, eps, args))
         state = network(model.dynamics, 0, torch.cat([state, proposals[-1]], -1))
     std = torch.full_like(mean, args.max_std)
-    for eps in draws.samples.unbind(1):
+    for eps in draws.candidates.unbind(1):
         samples = (mean[:, None] + std[:, None] * eps).clamp(-1, 1)
         actions = torch.cat([torch.stack(proposals, 2), samples], 1)  # (S, N, T, A)
         start, given = z.expand(-1, actions.shape[1], -1), lambda z, a: a
@@ -32,7 +32,7 @@ def plan(model, policy, obs, mean, draws, args, coef=None):
     chosen = (w.log() - torch.log(-torch.log(draws.elite))).argmax(1)
     first = torch.stack([e[c, 0] for e, c in zip(elites, chosen, strict=True)])
     value = torch.stack([b[c] for b, c in zip(best, chosen, strict=True)])
-    action = (first + std[:, 0] * draws.noise).clamp(-1, 1)
+    action = (first + std[:, 0] * draws.action).clamp(-1, 1)
     fields = [action, first, elites[:, 0, 0], mean, std[:, 0], value]
     if coef is None:
         return fields

@@ -122,11 +122,11 @@ def checkpoint(path):
 
 
 def numbers(cwd, speeds=False):
-    """The lines (global_step, env_steps, tag, value) of the one metrics.csv below `cwd`, with or without speeds."""
+    """The rows (global_step, env_steps, tag, value) of the only metrics.csv below `cwd`, with or without wall times."""
     (path,) = Path(cwd).rglob("metrics.csv")
     with open(path) as file:
         rows = [(int(r["global_step"]), int(r["env_steps"]), r["tag"], float(r["value"])) for r in csv.DictReader(file)]
-    return [row for row in rows if speeds or row[2] != "charts/SPS"]
+    return [row for row in rows if speeds or row[2] not in ("charts/SPS", "charts/training_seconds")]
 
 
 def leaves(tree, path=""):
@@ -150,6 +150,7 @@ def differences(a, b):
 def lost(reference, other):
     """What differs between two runs that should be the same: log, and everything that their last checkpoints hold."""
     a, b = (checkpoint(cwd) | {"log": numbers(cwd)} for cwd in (reference, other))
-    for state in (a, b):  # how long the run is to be, and how it was begun
+    for state in (a, b):  # arguments that may differ, and wall time
         state["args"] |= {"total_timesteps": 0, "resume": ""}
+        state["training_seconds"] = 0.0
     return differences(a, b)

@@ -95,13 +95,13 @@ def test_tasks_by_their_short_names():
 
 
 def test_an_unknown_task_is_answered_with_a_near_one():
-    with pytest.raises(bmpc.Refused, match="dog-rum.* cannot be made: .*`dog-run`"):
-        bmpc.fill_in(small_args(env_id="dog-rum"))
+    with pytest.raises(bmpc.UsageError, match="dog-rum.* cannot be made: .*`dog-run`"):
+        bmpc.resolve_args(small_args(env_id="dog-rum"))
 
 
 def test_the_run_directory_is_named_after_task_experiment_seed_and_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = lambda **changes: str(bmpc.open_directory(bmpc.Args(**changes))[0])
+    name = lambda **changes: str(bmpc.open_run_directory(bmpc.Args(**changes))[0])
     assert name(env_id="dm_control/dog-run-v0") == "runs/dog-run__bmpc__1"
     assert name(env_id="toy:Dog/Run-v0", seed=3, exp_name="mine", run_name="utd4") == "runs/Dog_Run-v0__mine__3__utd4"
 
@@ -152,12 +152,12 @@ EPISODES = [  # a task, or what Body is made of; action repeat; decisions of an 
 def test_the_discount_follows_from_the_episodes_length_in_decisions(body, task, repeat, n, discount):
     """clip((n/5 - 1)/(n/5), 0.95, 0.995)."""
     env_id = task if isinstance(task, str) else body(**task)
-    args, task = bmpc.fill_in(small_args(env_id=env_id, action_repeat=repeat, discount=None if n else discount))
+    args, task = bmpc.resolve_args(small_args(env_id=env_id, action_repeat=repeat, discount=None if n else discount))
     assert task.episode_length == n and args.discount == pytest.approx(discount)
 
 
 def test_an_action_repeat_sums_rewards_and_stops_where_the_episode_ends():
-    env = bmpc.Worker(Body(), 3)
+    env = bmpc.ActionRepeat(Body(), 3)
     assert [env.step(0)[1:4] for _ in range(2)] == [(1110.0, False, False), (110000.0, False, True)]
 
 
@@ -183,13 +183,19 @@ def test_nested_observations_are_one_vector(body):
 def test_environments_take_further_keywords_and_need_not_know_render_mode(body):
     kwargs = '{"more": {"ends": 2}, "max_episode_steps": 7}'
     env = bmpc.make_env(small_args(env_id=body(9), env_kwargs=kwargs), render=True)
-    assert env.unwrapped.ends == 2 and env.spec.max_episode_steps == 7 and env.picture() is None
+    assert env.unwrapped.ends == 2 and env.spec.max_episode_steps == 7 and env.render_frame() is None
 
 
 def test_model_sizes_fill_in_what_is_not_given(body):
-    given = dict.fromkeys(bmpc.SIZES) | dict(num_q=3, latent_dim=64)
-    args, _ = bmpc.fill_in(small_args(env_id=body(100), model_size=48, **given))
-    assert [getattr(args, name) for name in bmpc.SIZES] == [1792, 1792, 64, 4, 3] and bmpc.MODEL_SIZES == SIZES
+    given = dict.fromkeys(bmpc.MODEL_SIZE_FIELDS) | dict(num_q=3, latent_dim=64)
+    args, _ = bmpc.resolve_args(small_args(env_id=body(100), model_size=48, **given))
+    assert [getattr(args, name) for name in bmpc.MODEL_SIZE_FIELDS] == [
+        1792,
+        1792,
+        64,
+        4,
+        3,
+    ] and bmpc.MODEL_SIZES == SIZES
 
 
 # --- what is refused (test_fuzz.py has more)

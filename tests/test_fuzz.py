@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import CPU, TASK, FakeEnvs, same, start
+from conftest import CPU, TASK, FakeEnvs, same, stack_expert, start
 from hypothesis import HealthCheck, given, settings
 
 import bmpc
@@ -45,19 +45,21 @@ VALID = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for na
 @fuzz(25)
 @given(VALID)
 def test_every_valid_command_line_acts_and_learns(changes):
-    args, _ = bmpc.fill_in(bmpc.parse_args(BASE + runs.words(changes)))
+    args, _ = bmpc.resolve_args(bmpc.parse_args(BASE + runs.words(changes)))
     envs = FakeEnvs([7] * args.num_envs)
     run = start(args, envs)
     for _ in range(20):
-        bmpc.store(run, envs, *bmpc.act_randomly(args, TASK.action_dim, run.generator("act")), run.mean)
+        bmpc.store_step(run, envs, *bmpc.random_action(args, TASK.action_dim, run.make_generator("act")), run.prev_mean)
     before = [x.clone() for x in run.model.parameters()]
-    bmpc.learn(run, pretraining=True)
-    bmpc.learn(run, pretraining=False)
-    (action, expert, mean), metrics = bmpc.act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
-    run.measure(metrics)
+    bmpc.train_step(run, pretraining=True)
+    bmpc.train_step(run, pretraining=False)
+    action, expert, mean, metrics = bmpc.act(
+        run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
+    )
+    run.accumulate_metrics(metrics)
     assert action.shape == (args.num_envs, 2) and action.abs().max() <= 1
-    assert expert.isfinite().all() and mean.isfinite().all()
-    assert {"losses/kl", "planner/value"} <= run.means().keys()  # and all are finite
+    assert stack_expert(expert).isfinite().all() and mean.isfinite().all()
+    assert {"losses/kl", "planner/value"} <= run.mean_metrics().keys()  # and all are finite
     assert any(not torch.equal(x, y) for x, y in zip(before, run.model.parameters(), strict=True))
 
 
@@ -109,8 +111,8 @@ FIELDS = [field.name for field in bmpc.dataclasses.fields(bmpc.Args)]
 def test_any_other_command_line_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     try:
-        bmpc.choose_device(bmpc.fill_in(bmpc.parse_args(BASE + runs.words(changes)))[0])
-    except bmpc.Refused as refusal:
+        bmpc.select_device(bmpc.resolve_args(bmpc.parse_args(BASE + runs.words(changes)))[0])
+    except bmpc.UsageError as refusal:
         assert "\n" not in str(refusal), changes
     except SystemExit as end:
         assert end.code in (0, 2), changes
@@ -132,7 +134,7 @@ def test_the_replay_holds_what_lists_of_episodes_would(E, T, spare, steps, seed)
     episode = ended.cumsum(0) - ended  # of each row
     for step in range(steps):
         obs, action, expert, reward, terminated, next_obs = rows[step].split([1, 1, 2, 1, 1, 1], 1)
-        buffer.add(obs, action, expert[:, :, None], reward[:, 0], terminated[:, 0], next_obs, ended[step])
+        buffer.add(obs, action, bmpc.Expert(*expert.split(1, 1)), reward[:, 0], terminated[:, 0], next_obs, ended[step])
         if step % 11 == 10:
             state, buffer = buffer.state_dict(), make()
             buffer.load_state_dict(state)
@@ -141,27 +143,27 @@ def test_the_replay_holds_what_lists_of_episodes_would(E, T, spare, steps, seed)
         last = episode[oldest : step + 1][T - 1 :]
         first, env = np.nonzero(episode[oldest:][: len(last)] == last)
         if not len(first):
-            with pytest.raises(bmpc.Refused, match="holds no"):
+            with pytest.raises(bmpc.UsageError, match="holds no"):
                 buffer.sample(np.zeros(1))
             continue
         u = (np.arange(3 * len(first)) + 0.5) / (3 * len(first))  # so that each is drawn three times
         u[0], u[-1] = 0.0, 1 - 2**-53  # also at the ends of the unit interval
         batch = buffer.sample(u)
-        slot, envs = np.divmod(batch.place.numpy(), E)
+        slot, envs = np.divmod(batch.index.numpy(), E)
         at = step - (step - slot) % C  # the last step that was written there
         assert sorted(zip(at[0], envs[0])) == sorted([*zip(oldest + first, env)] * 3)
         assert (at == at[0] + np.arange(T)[:, None]).all() and (envs == envs[0]).all()
-        found = [batch.obs, batch.action, batch.expert.flatten(2), batch.reward[:, :, None]]
+        found = [batch.obs, batch.action, *batch.expert, batch.reward[:, :, None]]
         found += [batch.terminated[:, :, None], batch.next_obs]
         assert torch.equal(torch.cat(found, 2), rows[at, envs])
-    assert buffer.age.tolist() == (episode == ended.sum(0)).sum(0).tolist()
+    assert buffer.episode_step.tolist() == (episode == ended.sum(0)).sum(0).tolist()
 
 
 # --- checkpoints
 
 
 def test_a_checkpoint_damaged_anywhere_is_refused_or_as_good_as_whole(tmp_path):
-    bmpc.save_checkpoint(bmpc.Run(*bmpc.fill_in(bmpc.parse_args(BASE)), CPU), tmp_path)
+    bmpc.save_checkpoint(bmpc.Run(*bmpc.resolve_args(bmpc.parse_args(BASE)), CPU), tmp_path)
     whole, intact = (tmp_path / "checkpoint.pt").read_bytes(), bmpc.read_checkpoint(tmp_path)
 
     @fuzz(60)
@@ -171,7 +173,7 @@ def test_a_checkpoint_damaged_anywhere_is_refused_or_as_good_as_whole(tmp_path):
         (tmp_path / "checkpoint.pt").write_bytes(whole[:place] + changed)
         try:
             assert same(bmpc.read_checkpoint(tmp_path), intact), place
-        except bmpc.Failed as failure:
-            assert "checkpoint.pt is not usable" in str(failure) and "\n" not in str(failure)
+        except bmpc.RunError as failure:
+            assert "checkpoint.pt cannot be used" in str(failure) and "\n" not in str(failure)
 
     check()

@@ -23,6 +23,7 @@ from conftest import (
     run_loop,
     same,
     small_args,
+    stack_expert,
     start,
     train,
 )
@@ -63,14 +64,16 @@ def test_mish_as_it_is_compiled_has_the_value_and_gradient_of_mish(monkeypatch):
 @pytest.mark.parametrize("shared", [False, True])
 def test_one_head_after_the_other_equals_the_stack_at_once_and_written_out_with_its_gradients(double, shared):
     """On x and a whose leading dimensions only broadcast: the product with [x, a] is the sum of two."""
-    net = bmpc.MLP([7, 16, 16, 8], generator(), heads=3, last=functools.partial(bmpc.simnorm, group=4))
+    net = bmpc.MLP(
+        [7, 16, 16, 8], generator(), heads=3, output_activation=functools.partial(bmpc.simnorm, group_size=4)
+    )
     x, a, keep = torch.randn(1 if shared else 3, 4, 1, 5), torch.randn(1, 4, 6, 2), torch.rand(3, 4, 6, 16)
     leaves = [v.requires_grad_() for v in (x, a, keep)] + list(net.parameters())
     weights = torch.randn(3, 4, 6, 8)
     joined = torch.cat([x.expand(3, 4, 6, 5), a.expand(3, 4, 6, 2)], -1)
     written = torch.stack([oracle.network(net, h, joined[h], keep[h]) for h in range(3)])
     grads = lambda y: torch.autograd.grad((y * weights).sum(), leaves, retain_graph=True)
-    for y in (net(x, a, keep), net(x, a, keep, slice(None))):  # at once, as on a GPU
+    for y in (net(x, a, keep), net.forward_heads(x, a, keep, slice(None))):  # at once, as on a GPU
         torch.testing.assert_close(y, written, atol=1e-12, rtol=1e-12)
         for p, q in zip(grads(y), grads(written), strict=True):
             torch.testing.assert_close(p, q, atol=1e-10, rtol=1e-10)
@@ -95,7 +98,7 @@ def test_networks_have_the_widths_asked_for_and_begin_small_rewards_and_values_a
             begins_at_zero = name in ("reward", "value") and layer is layers[-1]
             assert layer.weight.std().item() == (0 if begins_at_zero else pytest.approx(0.02, rel=0.15))
             assert (layer.bias == 0).all()
-            assert not layer.activation or ((layer.scale == 1).all() and (layer.shift == 0).all())
+            assert not hasattr(layer, "activation") or ((layer.ln_weight == 1).all() and (layer.ln_bias == 0).all())
     first = model.value.layers[0].weight
     assert not torch.equal(first[0], first[1])  # every head its own numbers
     for average, of in ((model.target_value, model.value), (model.ema_policy, model.policy)):
@@ -104,7 +107,7 @@ def test_networks_have_the_widths_asked_for_and_begin_small_rewards_and_values_a
 
 def test_the_share_of_dropped_elements_is_the_dropout():
     args = small_args(dropout=0.3, batch_size=64, mlp_dim=32)
-    kept = bmpc.draw_update(args, TASK.action_dim, named()).dropout
+    kept = bmpc.sample_update_noise(args, TASK.action_dim, named()).dropout_mask
     assert kept.shape == (args.num_q, args.horizon, 64, 32) and set(kept.unique().tolist()) == {0.0, 1.0}
     assert kept.mean().item() == pytest.approx(0.7, abs=5 * math.sqrt(0.3 * 0.7 / kept.numel()))
 
@@ -154,7 +157,10 @@ def test_every_loss_and_weight_equals_the_oracles(double, name):
     model.kl_scale += 5 * torch.arange(1.0, model.kl_scale.numel() + 1).view_as(model.kl_scale)
     slow, optimizers = oracle.Learner(model, args), script.make_optimizers(model, args)
     for k in range(4):
-        batch, draws = make_batch(args, seed=k), script.draw_update(args, TASK.action_dim, named(k))
+        batch, draws = (
+            make_batch(args, seed=k, script=script),
+            script.sample_update_noise(args, TASK.action_dim, named(k)),
+        )
         found = script.update(script.Functions(), model, optimizers, batch, draws, args, pretraining=k == 1)
         expected = {f"losses/{name}": value for name, value in slow.update(batch, draws, k == 1).items()}
         assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-8, abs=1e-8), k
@@ -174,25 +180,26 @@ def written_out(model, args, envs, planner, warm_up):
     slow = oracle.Learner(model, args)
     E, A, T = args.num_envs, TASK.action_dim, args.horizon
     rows, windows, did = [], [], []
-    place = types.SimpleNamespace(args=args, obs=torch.zeros(1), global_step=0, pretrained=0, updates=0)
-    draws = functools.partial(bmpc.Run.generator, place)  # by where the run is
+    place = types.SimpleNamespace(args=args, obs=torch.zeros(1), global_step=0, pretraining_updates=0, updates=0)
+    draws = functools.partial(bmpc.Run.make_generator, place)  # by where the run is
 
     def update(pretraining):
-        u = np.random.default_rng([args.seed, place.pretrained, place.updates]).random(args.batch_size)
-        batch, drawn = [windows[int(x * len(windows))] for x in u], bmpc.draw_update(args, A, draws)
-        place.pretrained += pretraining
+        u = np.random.default_rng([args.seed, place.pretraining_updates, place.updates]).random(args.batch_size)
+        batch, drawn = [windows[int(x * len(windows))] for x in u], bmpc.sample_update_noise(args, A, draws)
+        place.pretraining_updates += pretraining
         place.updates += not pretraining
         stale = [[window[t]["expert"] for window in batch] for t in range(T)]
         if renews := not pretraining and place.updates % args.reanalyze_interval == 0:
             states = [window[t] for t in range(T) for window in batch[: args.reanalyze_batch_size]]
             new = planner(None, None, torch.stack([row["obs"] for row in states]), torch.zeros(len(states), T, A), 0, 0)
-            for row, elite, std in zip(states, new.elite, new.std, strict=True):
+            for row, elite, std in zip(states, new.elite_action, new.std, strict=True):
                 row["expert"] = torch.stack([elite, std])
         stack = lambda name: torch.stack([torch.stack([window[t][name] for window in batch]) for t in range(T)])
-        found = bmpc.Batch(*map(stack, ("obs", "action", "expert", "reward", "terminated", "next_obs")), None)
+        obs, action, expert, *others = map(stack, ("obs", "action", "expert", "reward", "terminated", "next_obs"))
+        found = bmpc.Batch(obs, action, bmpc.Expert(*expert.unbind(2)), *others, None)
         for t in range(T):  # a window that is not planned anew keeps what it was sampled with, also of shared rows
             for b in range(args.reanalyze_batch_size, args.batch_size):
-                found.expert[t, b] = stale[t][b]
+                found.expert.mean[t, b], found.expert.std[t, b] = stale[t][b]
         slow.update(found, drawn, pretraining)
         did.append("pretraining" if pretraining else "renewed" if renews else "learning")
 
@@ -238,8 +245,9 @@ def test_a_run_is_algorithm_1_written_out(tmp_path):
     slow, rows, did = written_out(model, args, FakeEnvs([5, 7], terminal=(1,)), FakePlanner(), warm_up=14)
     # the schedule, in words: what follows holds the run to it
     assert did == ["pretraining"] * 13 + (["learning"] * 4 + ["renewed"]) * 4
-    for name, column in run.buffer.columns(run.buffer.rows.flatten(0, 1))._asdict().items():
-        if name != "place":
+    for name, column in run.buffer.split_rows(run.buffer.rows.flatten(0, 1))._asdict().items():
+        if name != "index":
+            column = stack_expert(column) if name == "expert" else column
             assert torch.equal(column, torch.stack([row[name] for row in rows])), name
     for (name, mine), other in zip(run.model.named_parameters(), slow.model.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-9, msg=name)
@@ -278,7 +286,7 @@ def test_the_same_seed_gives_the_same_bits_another_seed_others_and_the_global_ge
     before, ends = torch.random.get_rng_state(), []
     for k, seed in enumerate((3, 3, 4)):
         args, envs = small_args(seed=seed, total_timesteps=20, reanalyze_interval=3), FakeEnvs([5, 7], seed=seed)
-        state = run_loop(args, envs, tmp_path / str(k)).state_dict()
+        state = bmpc.checkpoint_contents(run_loop(args, envs, tmp_path / str(k)))
         parts = [state[name] for name in ("model", "optimizers", "buffer")]
         ends.append([parts, [action.tolist() for action in envs.sent]])
     assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
@@ -287,9 +295,9 @@ def test_the_same_seed_gives_the_same_bits_another_seed_others_and_the_global_ge
 
 def test_every_purpose_and_every_place_of_a_run_has_numbers_of_its_own():
     run, found = start(small_args(), FakeEnvs([5, 7])), []
-    for counter in ("global_step", "pretrained", "updates", "seed"):
+    for counter in ("global_step", "pretraining_updates", "updates", "seed"):
         for name in ("act", "update", "act"):
-            found.append(torch.rand(3, generator=run.generator(name)).tolist())
+            found.append(torch.rand(3, generator=run.make_generator(name)).tolist())
         if counter == "seed":
             run.args = small_args(seed=2)
         else:
@@ -319,6 +327,6 @@ def test_the_agent_learns_to_follow_a_target_by_planning_and_by_imitation(tmp_pa
         num_samples=48, num_elites=8, num_pi_trajs=8, mlp_dim=32, enc_dim=32, eval_episodes=4,
     )  # fmt: skip
     run = run_loop(args, Follow([10] * 4), tmp_path)
-    play = lambda planning: bmpc.play(run, Follow([10] * 4), planning, [], []).mean() / 10
+    play = lambda planning: bmpc.run_episodes(run, Follow([10] * 4), planning, [], []).mean() / 10
     planner, policy = play(True), play(False)
     assert planner > 0.75 and policy > 0.75, (planner, policy)

@@ -26,10 +26,10 @@ def test_mppi_finds_the_cheapest_way_to_a_point(double):
     )
     z = torch.tensor([[0.0, 0.0], [0.6, -0.3], [1.2, -0.9]])
     policy = lambda z: torch.zeros(*z.shape[:-1], 4)  # around standing still
-    found = bmpc.plan(model, policy, z, torch.zeros(3, 3, 2), bmpc.draw_plan(args, 3, 2, 3, generator()), args)
+    found = bmpc.plan(model, policy, z, torch.zeros(3, 3, 2), bmpc.sample_plan_noise(3, 3, 2, args, generator()), args)
     way = ((goal - z) * 10 / 33)[:, None].expand(-1, 3, -1)
     torch.testing.assert_close(found.mean, way, rtol=0, atol=0.01)
-    torch.testing.assert_close(found.best, way[:, 0], rtol=0, atol=0.05)
+    torch.testing.assert_close(found.best_action, way[:, 0], rtol=0, atol=0.05)
     best = -3 * 3 * square(way[:, 0]) - 10 * square(goal - z - 3 * way[:, 0])
     torch.testing.assert_close(found.value, best, rtol=0, atol=0.02)
 
@@ -59,15 +59,15 @@ def test_a_plan_equals_the_plain_one(double, name):
     model = make_model(args, script=script)
     obs = torch.randn(8, 4, generator=generator(1))
     previous = 0.5 * torch.randn(8, horizon, 2, generator=generator(2))
-    given = model, model.policy, obs, previous, bmpc.draw_plan(args, 8, 2, horizon, generator(3)), args, *coef
+    given = model, model.policy, obs, previous, bmpc.sample_plan_noise(8, horizon, 2, args, generator(3)), args, *coef
     for field, x, y in zip(script.Plan._fields, script.plan(*given), plain.plan(*given), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, msg=field)
 
 
 def test_twenty_actions_get_two_more_iterations():
     for actions, changes, iterations in ((19, {}, 6), (20, {}, 8), (38, {}, 8), (38, dict(extra_iterations=0), 6)):
-        draws = bmpc.draw_plan(small_args(iterations=6, **changes), 2, actions, 3, generator())
-        assert draws.samples.shape == (2, iterations, 16, 3, actions)  # N - P sequences
+        draws = bmpc.sample_plan_noise(2, 3, actions, small_args(iterations=6, **changes), generator())
+        assert draws.candidates.shape == (2, iterations, 16, 3, actions)  # N - P sequences
 
 
 # --- one plan of many
@@ -78,9 +78,9 @@ def test_plans_in_chunks_equal_plans_at_once_under_the_same_draws(double):
     model = make_model(args)
     z = torch.randn(7, 4, generator=generator(1))
     previous = 0.5 * torch.randn(7, 3, 2, generator=generator(2))
-    whole = bmpc.plan(model, model.policy, z, previous, bmpc.draw_plan(args, 7, 2, 3, generator(3)), args)
+    whole = bmpc.plan(model, model.policy, z, previous, bmpc.sample_plan_noise(7, 3, 2, args, generator(3)), args)
     spy = lambda *given: seen.append(len(given[2])) or bmpc.plan(*given)
-    chunked = bmpc.plan_in_chunks(spy, model, model.policy, z, previous, generator(3), args)
+    chunked = bmpc.run_planner(bmpc.plan_in_chunks(spy, 3), model, model.policy, z, previous, generator(3), args)
     assert sum(seen) == 7 and max(seen) == 3
     for name, a, b in zip(bmpc.Plan._fields, whole, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
@@ -116,10 +116,10 @@ def play(args, envs, planner, step=0):
     """The returns of an evaluation with the planner."""
     run = start(args, FakeEnvs([9] * args.num_envs), bmpc.Functions(plan=planner))
     run.model, run.global_step = make_model(args), step
-    return bmpc.play(run, envs, True, [], [])
+    return bmpc.run_episodes(run, envs, True, [], [])
 
 
-@pytest.mark.parametrize("drawn, part", [(False, "best"), (True, "elite")])
+@pytest.mark.parametrize("drawn, part", [(False, "best_action"), (True, "elite_action")])
 def test_evaluation_plays_the_best_elite_or_a_drawn_one_and_keeps_episodes_apart(drawn, part):
     """In warm starts and returns. Workers of 5 and 7 decisions share 5 episodes: 0 and 1 first, then whoever is free.
 
@@ -132,7 +132,7 @@ def test_evaluation_plays_the_best_elite_or_a_drawn_one_and_keeps_episodes_apart
     check_warm_start(planner, envs, first=0)
     total = lambda i, n: sum(i + 0.125 * k for k in range(1, n + 1))
     assert returns.tolist() == [total(0, 5), total(1, 7), total(0, 5), total(1, 7), total(0, 5)]
-    assert [seed for _, seed in envs.begun[:5]] == [bmpc.make_seed(1, "eval", j) for j in range(5)]
+    assert [seed for _, seed in envs.begun[:5]] == [bmpc.derive_seed(1, "eval", j) for j in range(5)]
 
 
 def test_an_evaluation_is_a_function_of_the_seed_and_the_step():
@@ -147,8 +147,8 @@ def test_an_evaluation_is_a_function_of_the_seed_and_the_step():
 def test_an_evaluation_that_is_asked_to_stop_is_abandoned_and_its_film_is_episode_0s(tmp_path):
     args, stop = small_args(eval_episodes=3, capture_video=True), []
     run, film = start(args, FakeEnvs([9, 9]), bmpc.Functions(plan=FakePlanner())), []
-    assert len(bmpc.play(run, FakeEnvs([5, 7]), True, stop, film)) == 3
+    assert len(bmpc.run_episodes(run, FakeEnvs([5, 7]), True, stop, film)) == 3
     assert len(film) == 5
     stop.append(15)
-    assert bmpc.play(run, FakeEnvs([5, 7]), True, stop, film) is None
+    assert bmpc.run_episodes(run, FakeEnvs([5, 7]), True, stop, film) is None
     assert bmpc.evaluate(run, FakeEnvs([5, 7]), stop, tmp_path / "video.mp4") is None and not list(tmp_path.iterdir())

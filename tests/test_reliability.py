@@ -43,7 +43,7 @@ def struck(cwd, moments, *flags, code=-signal.SIGKILL, **options):
     for moment in moments:
         run = finish(cwd, *flags, **options, moments=[moment])
         assert run.code == code and gone(run), (moment, run)
-        if code == bmpc.TRY_AGAIN:
+        if code == bmpc.EXIT_RESUMABLE:
             assert run.said().splitlines()[-1].startswith("checkpoint at"), (moment, run)
     run = finish(cwd, *flags, **options)
     assert run.code == 0 and gone(run), run
@@ -88,20 +88,20 @@ def in_one_line(cwd):
 
 EARLY = [
     ("strike_half_saved", "SIGKILL", 1, 0.5),  # the first checkpoint
-    ("strike", "SIGKILL", "act_randomly", 4),  # warm-up
+    ("strike", "SIGKILL", "random_action", 4),  # warm-up
     ("strike", "SIGKILL", "os.replace", 2, "save_checkpoint"),  # the second one, at step 20, about to take its place
-    ("strike", "SIGKILL", "learn", 7),  # pretraining
+    ("strike", "SIGKILL", "train_step", 7),  # pretraining
     ("strike_half_saved", "SIGKILL", 3, 0.99),
     ("strike", "SIGKILL", "update", 10),  # while the simulators run
-    ("strike", "SIGKILL", "Envs.step_wait", 13, "store"),  # the middle of an episode
-    ("strike", "SIGKILL", "make_seed", 1, "store"),  # between an episode and the next
+    ("strike", "SIGKILL", "Envs.step_wait", 13, "store_step"),  # the middle of an episode
+    ("strike", "SIGKILL", "derive_seed", 1, "store_step"),  # between an episode and the next
 ]
 LATE = [
     ("strike", "SIGKILL", "make_expert", 6, "reanalyze"),
-    ("strike", "SIGKILL", "plan_in_chunks", 9, "evaluate"),
+    ("strike", "SIGKILL", "run_planner", 9, "evaluate"),
     ("strike", "SIGKILL", "policy_gaussian", 65, "evaluate"),  # with the policy alone
     ("strike", "SIGKILL", "os.replace", 3, "save_checkpoint"),  # episodes are half played in the checkpoint before
-    ("strike", "SIGKILL", "Envs.step_wait", 3, "enter_episodes"),  # while it resumes
+    ("strike", "SIGKILL", "Envs.step_wait", 3, "start_episodes"),  # while it resumes
     ("strike", "SIGKILL", "write_json", 3),  # all is done but finished.json
 ]
 SIBLINGS = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "make_expert", 9, "reanalyze")]
@@ -131,25 +131,25 @@ def test_the_scripts_beside_it_survive_too(tmp_path, script):
 
 
 ASKED = [
-    ("SIGUSR1", "act_randomly", 3),
+    ("SIGUSR1", "random_action", 3),
     ("SIGTERM", "update", 9),  # pretraining
     ("SIGINT", "update", 20),  # in the middle of an iteration's updates
     ("SIGTERM", "Envs.step_wait", 5, "evaluate"),
     ("SIGINT", "Envs.step_wait", 25, "evaluate"),  # with the policy alone
     ("SIGUSR1", "save_checkpoint", 1),
-    ("SIGTERM", "make_seed", 1, "enter_episodes"),
+    ("SIGTERM", "derive_seed", 1, "start_episodes"),
 ]
 
 
 def test_a_run_asked_to_stop_writes_a_checkpoint_exits_75_and_goes_on(reference, tmp_path):
-    struck(tmp_path, [("strike", *moment) for moment in ASKED], *RUN, code=bmpc.TRY_AGAIN)
+    struck(tmp_path, [("strike", *moment) for moment in ASKED], *RUN, code=bmpc.EXIT_RESUMABLE)
     assert lost(reference, tmp_path) == [] and in_one_line(tmp_path)
 
 
 def test_a_second_ctrl_c_waits_for_nothing(tmp_path):
-    run = finish(tmp_path, *RUN, moments=[("strike", "SIGINT", "learn", n) for n in (21, 22)])
+    run = finish(tmp_path, *RUN, moments=[("strike", "SIGINT", "train_step", n) for n in (21, 22)])
     assert run.code == -signal.SIGINT and gone(run), run
-    assert checkpoint(tmp_path)["progress"]["global_step"] == 20
+    assert checkpoint(tmp_path)["global_step"] == 20
 
 
 def test_episodes_of_any_length_are_found_again(tmp_path):
@@ -174,20 +174,20 @@ def test_where_an_episode_cannot_be_repeated_the_next_one_begins(tmp_path, task,
     options = {"task": f"toy:{task}-v0"}
     asked = finish(tmp_path, *TOY, *flags, **options, moments=[("strike", "SIGTERM", "Envs.step_wait", 17)])
     before = checkpoint(tmp_path)
-    assert asked.code == bmpc.TRY_AGAIN and before["buffer"]["age"].tolist() == [17 % length] * 2
+    assert asked.code == bmpc.EXIT_RESUMABLE and before["buffer"]["episode_step"].tolist() == [17 % length] * 2
     run = finish(tmp_path, *TOY, *flags, **options)
-    assert run.code == 0 and "[0, 1] do not repeat their episodes; they begin new ones" in run.warned(), run
+    assert run.code == 0 and "[0, 1] do not reproduce their unfinished episodes; new ones start" in run.warned(), run
     after = checkpoint(tmp_path)
-    assert after["progress"]["episode"].tolist() == (before["progress"]["episode"] + 1 + 23 // length).tolist()
-    assert after["buffer"]["age"].tolist() == [23 % length] * 2
-    assert after["buffer"]["begins"].sum() == 2 * windows
+    assert after["episode"].tolist() == (before["episode"] + 1 + 23 // length).tolist()
+    assert after["buffer"]["episode_step"].tolist() == [23 % length] * 2
+    assert after["buffer"]["valid_start"].sum() == 2 * windows
 
 
 def test_the_command_line_is_killed_asked_and_continued_from_outside(reference, tmp_path):
     command = [sys.executable, str(runs.ROOT / "bmpc.py"), "--task", "cartpole-swingup", *runs.TINY, *RUN]
     buffered = os.environ | {"PYTHONUNBUFFERED": ""}
     options = {"cwd": tmp_path, "env": buffered, "stdout": subprocess.PIPE, "text": True}
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, bmpc.TRY_AGAIN), (0, 0)):
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, bmpc.EXIT_RESUMABLE), (0, 0)):
         process = subprocess.Popen(command, **options)
         assert any("checkpoint at" in line for line in process.stdout)
         process.send_signal(number)
@@ -218,16 +218,16 @@ def test_compiled_too_a_run_that_is_killed_or_whose_compiler_is_ends_as_if_it_ha
     told = [line for line in run.said().splitlines() if line.startswith("compil")]
     assert told and told == ["compiling ...", "compiled"] * (len(told) // 2)
     run = compiled(killed, what="policy_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")  # not in the cache
-    assert run.code == bmpc.TRY_AGAIN and gone(run) and asked.exists(), run
+    assert run.code == bmpc.EXIT_RESUMABLE and gone(run) and asked.exists(), run
     run = compiled(killed)
-    assert run.code == 0 and "continuing at step 24" in run.said() and lost(whole, killed) == [], run
+    assert run.code == 0 and "resuming at step 24" in run.said() and lost(whole, killed) == [], run
 
 
 # --- one directory, one run
 
 
 def test_a_second_process_on_the_directory_refuses(tmp_path):
-    first = start(tmp_path, *RUN, moments=[("strike", "SIGSTOP", "act_randomly", 3)])
+    first = start(tmp_path, *RUN, moments=[("strike", "SIGSTOP", "random_action", 3)])
     runs.patiently(lambda: "checkpoint at" in first.said(), first)
     second = finish(tmp_path, *RUN)
     os.kill(first.pid, signal.SIGKILL)
@@ -249,8 +249,8 @@ def test_a_finished_run_says_how_to_go_on_and_more_steps_continue_it(reference, 
 def opened(cwd, monkeypatch, *flags):
     """The arguments of a start with these flags, and the state that it would continue."""
     monkeypatch.chdir(cwd)
-    args, _ = bmpc.fill_in(bmpc.parse_args(list(map(str, flags))))
-    return args, bmpc.open_directory(args)[1]
+    args, _ = bmpc.resolve_args(bmpc.parse_args(list(map(str, flags))))
+    return args, bmpc.open_run_directory(args)[1]
 
 
 SAME = ["--task", "cartpole-swingup", *runs.TINY, *RUN]
@@ -263,14 +263,14 @@ def test_another_argument_is_another_run_but_of_what_shapes_nothing(resumable, m
     path, before = directory(resumable).relative_to(resumable), checkpoint(resumable)
     for given in (SAME, ["--resume", path]):
         for name, flag in OTHER.items():
-            with pytest.raises(bmpc.Refused, match=rf"other arguments .*{name} .*--run-name"):
+            with pytest.raises(bmpc.UsageError, match=rf"other arguments .*{name} .*--run-name"):
                 opened(resumable, monkeypatch, *given, flag)
     del before["args"]["preset"]  # as if there had not been this flag
     torch.save(before, path / "checkpoint.pt")
     for given in (SAME, ["--resume", path], ["--resume", f"./{path}/"]):
         args, state = opened(resumable, monkeypatch, *given, *FREE.split())
         assert (args.batch_size, args.env_id, args.log_freq) == (16, "dm_control/cartpole-swingup-v0", 7)
-        assert args.preset == "full" and state["progress"]["global_step"] == 90
+        assert args.preset == "full" and state["global_step"] == 90
 
 
 # --- checkpoints are whole or absent
@@ -288,9 +288,9 @@ DAMAGES = {  # of single bits, and of what is cut off, test_fuzz.py knows
     "text": lambda path: path.write_text("These are not the weights you are looking for."),
     "another zip": lambda path: zipfile.ZipFile(path, "w").writestr("readme", "nothing"),
     "other tensors": lambda path: torch.save({"state_dict": {"weight": torch.zeros(3)}}, path),
-    "another script": lambda path: torch.save(checkpoint(path) | {"script": "other.py"}, path),
-    "an older format": lambda path: torch.save(checkpoint(path) | {"script": "bmpc.py"}, path),
-    "a command": lambda path: torch.save(checkpoint(path) | {"script": Command()}, path),
+    "another script": lambda path: torch.save(checkpoint(path) | {"format": 0}, path),
+    "an older format": lambda path: torch.save(checkpoint(path) | {"script": "bmpc.py, format 2"}, path),
+    "a command": lambda path: torch.save(checkpoint(path) | {"format": Command()}, path),
 }
 
 
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_is_not_usable_is_named_and_nothing_changes(resumable,
     DAMAGES[damage](path / "checkpoint.pt")
     before = {file: file.read_bytes() for file in path.iterdir()}
     for flags in (SAME, ["--resume", path], ["--evaluate", path]):
-        with pytest.raises(bmpc.Failed, match=r"^\S*checkpoint.pt is not usable \(.*\); remove it"):
+        with pytest.raises(bmpc.RunError, match=r"^\S*checkpoint.pt cannot be used: "):
             opened(resumable, monkeypatch, *flags)
     assert {file: file.read_bytes() for file in path.iterdir()} == before
 
@@ -320,7 +320,7 @@ def test_a_full_disk_and_a_dead_worker_are_told_and_leave_a_good_checkpoint(refe
     for moment, (step, told) in FAULTS.items():
         line = failed(finish(tmp_path, *RUN, moments=[moment]))
         assert re.search(told, line), line
-        assert checkpoint(tmp_path)["progress"]["global_step"] == step
+        assert checkpoint(tmp_path)["global_step"] == step
     assert finish(tmp_path, *RUN).code == 0
     assert lost(reference, tmp_path) == [] and in_one_line(tmp_path)
 
@@ -354,8 +354,11 @@ OBSERVERS = {
 }
 
 
+PROGRESS = "global_step pretraining_updates updates obs prev_mean episode episode_return finished_episodes".split()
+
+
 def test_observers_change_nothing(reference, tmp_path):
-    trained = lambda cwd: [checkpoint(cwd)[part] for part in ("model", "optimizers", "buffer", "progress")]
+    trained = lambda cwd: [checkpoint(cwd)[part] for part in ("model", "optimizers", "buffer", *PROGRESS)]
     returns = lambda cwd: [row for row in numbers(cwd) if "charts/episodic" in row[2]]
     watch = lambda name: finish(tmp_path / name, *RUN, *OBSERVERS[name].split(), fresh=name == "many")
     for run in together(watch, OBSERVERS):

@@ -1,6 +1,5 @@
 """Whole runs on real simulators, tiny and short: what a run writes, what it repeats, which environments it plays."""
 
-import copy
 import json
 import math
 import re
@@ -14,7 +13,8 @@ from conftest import FakeEnvs, run_loop, same, small_args, start
 import bmpc
 
 TAGS = set(  # what a run promises to log
-    "charts/episodic_return charts/episodic_length charts/SPS losses/consistency losses/reward losses/value "
+    "charts/episodic_return charts/episodic_length charts/SPS charts/updates charts/training_seconds "
+    "losses/consistency losses/reward losses/value "
     "losses/policy losses/total losses/td_target losses/kl losses/kl_scale losses/entropy losses/grad_norm "
     "losses/policy_grad_norm planner/elite_std planner/value eval/episodic_return "
     "eval/policy_episodic_return".split()
@@ -51,7 +51,7 @@ def test_a_run_logs_every_promised_number_finite_where_it_is_due(cartpole):
 def test_a_run_reaches_its_updates_and_its_checkpoints_and_says_what_it_is(cartpole):
     directory, run, _ = cartpole
     state = bmpc.read_checkpoint(directory)
-    assert [state["progress"][name] for name in ("global_step", "pretrained", "updates")] == [110, 30, 80]
+    assert [state[name] for name in ("global_step", "pretraining_updates", "updates")] == [110, 30, 80]
     assert json.loads((directory / "finished.json").read_text()) == {"total_timesteps": 110}
     assert re.findall(r"checkpoint at (\d+)", run.said()) == ["0", "40", "80", "110"]
     assert not re.search("^warning|error|Traceback", run.warned(), re.MULTILINE)  # of its own; dm_control has some
@@ -71,7 +71,7 @@ def test_a_run_stores_true_last_observations_and_only_real_terminations(tmp_path
     envs = FakeEnvs([5, 4], terminal=(1,))
     args = small_args(episodic=True, total_timesteps=60, learning_starts=60, batch_size=4)
     buffer = run_loop(args, envs, tmp_path).buffer
-    n = len(buffer.windows)
+    n = len(buffer.start_indices)
     assert n == 6 * 3 + 7 * 2  # of 30 decisions each: 6 episodes of 5; 7 of 4 and an unfinished one of 2
     batch = buffer.sample((np.arange(n) + 0.5) / n)
     obs = torch.cat([batch.obs[:1], batch.next_obs])
@@ -82,7 +82,7 @@ def test_a_run_stores_true_last_observations_and_only_real_terminations(tmp_path
     assert torch.equal(batch.terminated, ((env[1:] == 1) & (step[1:] == 4)) * 1.0)
     torch.testing.assert_close(batch.reward, env[1:] + 0.125 * step[1:])
     sent = torch.tensor([a.tolist() for a in envs.sent])  # (step, E, A): a row's action is the one sent from its obs
-    assert torch.equal(batch.action.flatten(0, 1), sent.flatten(0, 1)[batch.place.flatten()])
+    assert torch.equal(batch.action.flatten(0, 1), sent.flatten(0, 1)[batch.index.flatten()])
 
 
 def test_an_episodes_seed_is_made_from_seed_environment_and_episode_alone(tmp_path):
@@ -95,9 +95,9 @@ def test_an_episodes_seed_is_made_from_seed_environment_and_episode_alone(tmp_pa
             seeds = [seed for j, seed in envs.begun if j == i]
             assert len(seeds) == len(set(seeds)) and len(seeds) >= 2
             for episode, seed in enumerate(seeds):
-                assert begun.setdefault((i, episode), seed) == seed == bmpc.make_seed(9, i, episode)
-    others = [bmpc.make_seed(9, 2, 1), bmpc.make_seed(8, 1, 2), bmpc.make_seed(9, "eval", 2)]
-    assert len(set(begun.values())) == len(begun) and bmpc.make_seed(9, 1, 2) not in others
+                assert begun.setdefault((i, episode), seed) == seed == bmpc.derive_seed(9, i, episode)
+    others = [bmpc.derive_seed(9, 2, 1), bmpc.derive_seed(8, 1, 2), bmpc.derive_seed(9, "eval", 2)]
+    assert len(set(begun.values())) == len(begun) and bmpc.derive_seed(9, 1, 2) not in others
 
 
 @pytest.mark.parametrize("task, repeat", [("cartpole-swingup", 2), ("Pendulum-v1", 1)])
@@ -129,19 +129,19 @@ def test_metrics_are_means_over_an_interval_and_what_is_not_finite_is_neither_to
     """Pretraining, with fewer names, and learning fall into one interval where the warm-up ends."""
     run = start(small_args(), FakeEnvs([5, 7]))
     for values in ({"model": 1.0}, {"model": 3.0}, {"policy": 5.0, "kl": 7.0}, {"policy": 7.0, "kl": 7.0}):
-        run.measure({name: torch.tensor(value) for name, value in values.items()})
-    assert run.means() == {"model": 2.0, "policy": 6.0, "kl": 7.0}
-    run.measure({"kl_scale": torch.tensor(math.nan)})
-    with pytest.raises(bmpc.Failed, match="kl_scale is not finite"):
-        run.means()
+        run.accumulate_metrics({name: torch.tensor(value) for name, value in values.items()})
+    assert run.mean_metrics() == {"model": 2.0, "policy": 6.0, "kl": 7.0}
+    run.accumulate_metrics({"kl_scale": torch.tensor(math.nan)})
+    with pytest.raises(bmpc.RunError, match="kl_scale is not finite"):
+        run.mean_metrics()
     run.model.policy.layers[-1].bias.data[0, 0] = math.nan
-    with pytest.raises(bmpc.Failed, match="a weight is not finite"):
+    with pytest.raises(bmpc.RunError, match="a weight is not finite"):
         bmpc.save_checkpoint(run, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_where_there_is_no_terminal_a_bar_is_a_plain_line_every_half_minute(capsys):
-    bar = bmpc.Bar("pretraining", 500)
+    bar = bmpc.ProgressBar("pretraining", 500)
     now = [bar.start_t]
     bar._time = lambda: now[0]
     for _ in range(400):  # a minute and a third
@@ -150,25 +150,6 @@ def test_where_there_is_no_terminal_a_bar_is_a_plain_line_every_half_minute(caps
     bar.close()
     lines = capsys.readouterr().err.splitlines()
     assert [re.search(r"(\d+)/500", line)[1] for line in lines] == ["0", "150", "300"], lines
-
-
-def test_what_a_run_takes_is_told_from_its_plans_and_updates_and_changes_nothing(tmp_path, monkeypatch, capsys):
-    """A plan of 2 states takes 3 s, an update 2 s, in which 2 of them are planned anew on average: 40 + 3 + 60 s."""
-    args = small_args(total_timesteps=32, horizon=2, reanalyze_batch_size=2, reanalyze_interval=2)
-    now = [0.0]
-    run = run_loop(args, FakeEnvs([5, 7]), tmp_path)
-    run.global_step, before = 30, copy.deepcopy(run.state_dict())
-    before["progress"]["global_step"] = 30
-
-    def plan(*given):
-        now[0] += 3.0
-        return bmpc.plan(*given)
-
-    run.functions = bmpc.Functions(plan=plan)
-    monkeypatch.setattr(bmpc.time, "perf_counter", lambda: now[0])
-    bmpc.tell_hours(run, 2.0)
-    assert "this run takes about 01:43 on this CPU" in capsys.readouterr().out
-    assert same(before, run.state_dict())
 
 
 class Late(list):
@@ -185,9 +166,10 @@ class Late(list):
 
 def test_whenever_a_signal_comes_exit_code_75_says_that_the_checkpoint_is_of_this_step(tmp_path):
     args, codes = small_args(total_timesteps=14, learning_starts=6, eval_freq=8, eval_episodes=1), []
-    while not codes or codes[-1] == bmpc.TRY_AGAIN:
+    while not codes or codes[-1] == bmpc.EXIT_RESUMABLE:
         envs, eval_envs, directory = FakeEnvs([5, 7]), FakeEnvs([3]), tmp_path / str(len(codes))
         run, _ = start(args, envs), directory.mkdir()
-        codes += [bmpc.train(run, envs, eval_envs, bmpc.Log(directory, args, 0), Late(len(codes)), directory)]
-        assert same(bmpc.read_checkpoint(directory), run.state_dict())
+        log, stop_signals = bmpc.Log(directory, args, 0), Late(len(codes))
+        codes += [bmpc.train(run, envs, bmpc.Monitor(run, eval_envs, log, stop_signals, directory))]
+        assert same(bmpc.read_checkpoint(directory), bmpc.checkpoint_contents(run))
     assert codes[-1] == 0 and len(codes) > 14 // 2 + 6

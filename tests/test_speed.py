@@ -39,12 +39,14 @@ def everything(functions, args, device, script=bmpc):
     if device != META:
         run.model.load_state_dict(make_model(args, script=script).state_dict())
     for step in range(args.horizon + 6):
-        acted = *script.act_randomly(args, TASK.action_dim, run.generator("act")), run.mean
+        acted = *script.random_action(args, TASK.action_dim, run.make_generator("act")), run.prev_mean
         if step >= args.horizon:
-            acted, metrics = script.act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
-            run.measure(metrics)
-            script.learn(run, pretraining=step == args.horizon)
-        script.store(run, envs, *acted)
+            *acted, metrics = script.act(
+                run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
+            )
+            run.accumulate_metrics(metrics)
+            script.train_step(run, pretraining=step == args.horizon)
+        script.store_step(run, envs, *acted)
     return run
 
 
@@ -71,7 +73,9 @@ def test_each_function_is_one_graph_that_is_compiled_once_and_equals_eager(name)
     with torch._dynamo.config.patch(error_on_recompile=args.device == "cpu"):
         fast = everything(functions if names else None, args, torch.device(args.device), script=script)
     eager = everything(script.Functions(), args, torch.device(args.device), script=script)
-    results = lambda run: {part: run.state_dict()[part] for part in ("model", "optimizers", "buffer", "metrics")}
+    results = lambda run: {
+        part: bmpc.checkpoint_contents(run)[part] for part in ("model", "optimizers", "buffer", "metrics")
+    }
     torch.testing.assert_close(results(fast), results(eager), atol=1e-4, rtol=1e-3)
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
@@ -88,7 +92,7 @@ def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 page_faults()
 before = page_faults()
-bmpc.choose_device(bmpc.Args(device="cpu"))
+bmpc.select_device(bmpc.Args(device="cpu"))
 page_faults()
 print(before, page_faults())
 """
@@ -106,17 +110,17 @@ print(before, page_faults())
 def meta(monkeypatch):
     """Draws are made on the CPU, since there is no generator on meta, and moved there."""
     to_meta = lambda x: x.to(META)
-    for name in ("draw_plan", "draw_update", "act_randomly"):
+    for name in ("sample_plan_noise", "sample_update_noise", "random_action"):
         moved = lambda draw, *given: torch.utils._pytree.tree_map_only(torch.Tensor, to_meta, draw(*given))
         monkeypatch.setattr(bmpc, name, functools.partial(moved, getattr(bmpc, name)))
-    monkeypatch.setattr(bmpc, "make_generator", lambda seed, name, device: generator(seed))
+    monkeypatch.setattr(bmpc, "seeded_generator", lambda seed, key, device: generator(seed))
 
 
 def test_acting_learning_and_sampling_never_read_the_device(meta):
     """With every flag; also once the ring is full: windows leave."""
     args = small_args(reanalyze_interval=1, iterations=1, buffer_size=10, **ALL_FLAGS)
     run = everything(None, args, META)
-    assert run.updates == 5 and run.pretrained == 1 and run.buffer.step > run.buffer.capacity
+    assert run.updates == 5 and run.pretraining_updates == 1 and run.buffer.step > run.buffer.capacity
     assert all(x.device == META for x in run.model.state_dict().values())
 
 
@@ -147,13 +151,13 @@ class Memory(MemTracker):
 @pytest.mark.parametrize("size, kept, peak", [(5, 0.5, 1.9), (19, 0.6, 3.4)])
 def test_the_memory_of_the_default_run_is_what_readme_says(meta, size, kept, peak):
     """In GB, eager, all states of a reanalyze at once as on a GPU."""
-    args, task = bmpc.fill_in(bmpc.Args(model_size=size, compile=False))
+    args, task = bmpc.resolve_args(bmpc.Args(model_size=size, compile=False))
     with Memory() as memory:
         run = bmpc.Run(args, task, META)
-        run.buffer.windows = np.zeros(1, int)  # as if there were one
+        run.buffer.start_indices = np.zeros(1, int)  # as if there were one
         assert memory.told("current") == kept
         for run.updates in (0, args.reanalyze_interval - 1):  # the first makes Adam's moments, the second reanalyzes
-            bmpc.learn(run, pretraining=False)
+            bmpc.train_step(run, pretraining=False)
     assert memory.told("peak") == peak
 
 
@@ -194,15 +198,17 @@ def test_how_much_is_launched_beside_the_graphs(monkeypatch, script):
     run = start(args, envs, launches.functions, script)
     for _ in range(8):
         envs.step_async(None)
-        script.store(run, envs, *script.act_randomly(args, TASK.action_dim, run.generator("act")), run.mean)
+        script.store_step(
+            run, envs, *script.random_action(args, TASK.action_dim, run.make_generator("act")), run.prev_mean
+        )
 
     def vector_step():
-        acted, metrics = script.act(run.functions.plan, run.model, run.obs, run.mean, args, run.generator)
-        run.measure(metrics)
+        *acted, metrics = script.act(run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator)
+        run.accumulate_metrics(metrics)
         envs.step_async(script.to_host(acted[0]))
-        script.store(run, envs, *acted)
+        script.store_step(run, envs, *acted)
 
-    for part, most in ((lambda: script.learn(run, pretraining=False), 25), (vector_step, 25)):
+    for part, most in ((lambda: script.train_step(run, pretraining=False), 25), (vector_step, 25)):
         part()
         launches.names.clear()
         with launches:
@@ -229,8 +235,8 @@ def test_what_a_replay_returns_is_kept_before_the_next():
         return bmpc.Plan(rows, rows, rows, rows[:, None], rows, rows[:, 0])
 
     args = small_args()
-    given = replayed, None, None, torch.zeros(6, 4), torch.zeros(6, 3, 2), generator(), args
-    once = lambda: bmpc.plan_in_chunks(*given)
+    given = None, None, torch.zeros(6, 4), torch.zeros(6, 3, 2), generator(), args
+    once = lambda: bmpc.run_planner(bmpc.keep_outputs(replayed), *given)
     first, second = once(), once()
     assert [set(x.flatten().tolist()) for x in (*first, *second)] == [{1.0}] * 6 + [{2.0}] * 6
 

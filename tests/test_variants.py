@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, FakePlanner, generator, named, same, small_args, start
+from conftest import TASK, FakeEnvs, FakePlanner, generator, named, same, small_args, stack_expert, start
 from test_siblings import whole
 
 import bmpc
@@ -28,9 +28,9 @@ def begun(script, **flags):
     planner = FakePlanner(script)
     run = start(args, envs, script.Functions(plan=planner), script)
     for _ in range(10):
-        acted = *script.act_randomly(args, TASK.action_dim, run.generator("act")), run.mean
+        acted = *script.random_action(args, TASK.action_dim, run.make_generator("act")), run.prev_mean
         envs.step_async(acted[0].numpy())
-        script.store(run, envs, *acted)
+        script.store_step(run, envs, *acted)
     return run, planner, [run.model.policy] + ([run.model.optimistic_policy] if script is bmpc_dual_policy else [])
 
 
@@ -43,9 +43,9 @@ def part(answer, name):
 
 COLLECTION = [  # use_chosen_action, chosen_action_noise, from_behavior, the expert's mean
     (True, True, True, "action"),  # the executed one
-    (True, False, True, "elite"),  # the drawn one
+    (True, False, True, "elite_action"),  # the drawn one
     (False, True, True, "mean"),
-    (True, True, False, "elite"),  # of the separate plan: it has no noise
+    (True, True, False, "elite_action"),  # of the separate plan: it has no noise
     (False, True, False, "mean"),
 ]
 
@@ -59,15 +59,16 @@ def test_who_plans_to_act_and_whose_expert_is_stored(script, chosen, noise, beha
     """
     flags = dict(reanalyze_use_chosen_action=chosen, chosen_action_noise=noise, initial_expert_from_behavior=behavior)
     run, planner, (*pessimistic, acts) = begun(script, td_target_use_ema_policy=True, **flags)
-    two, given, plans = len(pessimistic), torch.rand(run.mean.shape, generator=generator()), 1 if behavior else 2
-    assert (run.buffer.columns(run.buffer.rows).expert[:10].mean((0, 1, 3)) == torch.tensor([0, 1] * (1 + two))).all()
-    (action, expert, after), told = script.act(planner, run.model, run.obs, given, run.args, run.generator)
+    two, given, plans = len(pessimistic), torch.rand(run.prev_mean.shape, generator=generator()), 1 if behavior else 2
+    stored = stack_expert(run.buffer.split_rows(run.buffer.rows).expert)[:10]
+    assert (stored.mean((0, 1, 3)) == torch.tensor([0, 1] * (1 + two))).all()
+    action, expert, after, told = script.act(planner, run.model, run.obs, given, run.args, run.make_generator)
     assert planner.policies == [acts] * plans + pessimistic
     assert planner.coefs == ([0.5] * plans + [-0.25] * two) * (script is not bmpc)
     assert same(planner.previous, [given] + [0 * given] * (plans - 1 + two))
     acting, first, own = (planner.answers[k] for k in (0, plans - 1, -1))
-    experts = [part(own, "elite" if chosen else "mean"), own.std] * two + [part(first, mean), first.std]
-    assert same([action, after, expert], [acting.action, acting.mean, torch.stack(experts, 1)])
+    experts = [part(own, "elite_action" if chosen else "mean"), own.std] * two + [part(first, mean), first.std]
+    assert same([action, after, stack_expert(expert)], [acting.action, acting.mean, torch.stack(experts, 1)])
     of_heads = ["return_disagreement", "bonus_share", "proposal_share"] * (script is not bmpc)
     names = ["elite_std", "value", *["pessimistic_proposal_share"] * two, *of_heads]
     assert list(told) == [f"planner/{name}" for name in names]
@@ -79,14 +80,18 @@ def test_the_pessimistic_policy_evaluates_with_a_coefficient_of_its_own_alone_by
     run, planner, policies = begun(script, **own)
     model, envs = run.model, FakeEnvs([5, 7])
     obs = torch.from_numpy(envs.reset(np.ones(2, bool), [("eval", 0), ("eval", 1)]))
-    script.play(run, envs, False, [], [])
+    script.run_episodes(run, envs, False, [], [])
     assert not planner.answers
     torch.testing.assert_close(torch.from_numpy(envs.sent[0]), torch.tanh(model.policy(model.encoder(obs)))[:, :2])
-    script.play(run, envs, True, [], [])
+    script.run_episodes(run, envs, True, [], [])
     assert set(planner.policies) == {policies[0]} and set(planner.coefs) == set(own.values())
 
 
-SOURCES = [({}, "elite"), (dict(chosen_action_noise=False), "elite"), (dict(reanalyze_use_chosen_action=False), "mean")]
+SOURCES = [
+    ({}, "elite_action"),
+    (dict(chosen_action_noise=False), "elite_action"),
+    (dict(reanalyze_use_chosen_action=False), "mean"),
+]
 
 
 @each
@@ -99,28 +104,30 @@ def test_reanalyze_rewrites_exactly_the_experts_of_the_sampled_rows_each_by_a_pl
     limits = dict(reanalyze_log_std_min=-2.0, reanalyze_log_std_max=0.5, reanalyze_horizon=2)
     run, planner, policies = begun(script, **limits | source)
     batch, rows = run.buffer.sample(np.array([0.1, 0.3, 0.15, 0.45, 0.9])), run.buffer.rows.flatten(0, 1)
-    given, wanted, place = batch.expert.clone(), rows.clone(), batch.place[:, :3].flatten().tolist()
+    given, wanted, place = stack_expert(batch.expert), rows.clone(), batch.index[:, :3].flatten().tolist()
     assert len(set(place)) == 4  # windows 0 and 2 are the same, 1 begins a step later, 3 another one later
     script.reanalyze(planner, run.model, run.buffer, batch, run.args, named())
     assert planner.policies == policies
     assert planner.coefs == {bmpc: [], bmpc_multihead: [2.0], bmpc_dual_policy: [-0.25, 0.5]}[script]
     assert {(a.log_std_min, a.log_std_max) for a in planner.args} == {(-2.0, 0.5)}
     assert same(planner.previous, [torch.zeros(9, 2, 2)] * len(policies))
-    found, wanted_experts = (run.buffer.columns(x).expert for x in (rows, wanted))
-    assert same(planner.obs, [run.buffer.columns(wanted).obs[place]] * len(policies))  # true observations
+    found = stack_expert(run.buffer.split_rows(rows).expert)
+    assert same(planner.obs, [run.buffer.split_rows(wanted).obs[place]] * len(policies))  # true observations
     for row in place:
         k = int(found[row, 0, 0])
         assert place[k] == row
-        wanted_experts[row] = torch.stack([x[k] for plan in planner.answers for x in (part(plan, mean), plan.std)])
+        new = [x[k] for plan in planner.answers for x in (part(plan, mean), plan.std)]
+        for stored, x in zip(run.buffer.split_rows(wanted).expert, new):
+            stored[row] = x
     assert torch.equal(rows, wanted)
-    assert torch.equal(batch.expert, torch.cat([found[batch.place[:, :3]], given[:, 3:]], 1))
+    assert torch.equal(stack_expert(batch.expert), torch.cat([found[batch.index[:, :3]], given[:, 3:]], 1))
 
 
 @pytest.mark.parametrize("coef", [[], [0.0], [1.0], [-1.0]], ids=str)
 def test_scores_are_finite_and_lowest_where_a_return_is_not(coef):
     rewards, values = torch.zeros(2, 1, 4), torch.zeros(3, 2, 1, 4)
     values[0, 1, 0, 1], values[2, 0, 0, 2], values[1, :, 0, 3] = math.nan, math.inf, -math.inf
-    scores = (bmpc_multihead if coef else bmpc).score(rewards, values, *coef).view(-1, 4)
+    scores = (bmpc_multihead if coef else bmpc).candidate_scores(rewards, values, *coef).view(-1, 4)
     assert scores[0].tolist() == [0.0, -1e9, -1e9, -1e9] and scores.isfinite().all()  # and the spread over heads
 
 
@@ -130,8 +137,8 @@ def test_scores_are_finite_and_lowest_where_a_return_is_not(coef):
 @pytest.mark.parametrize("heads, td_horizon, extra", [(1, 3, False), (2, 1, False), (2, 3, True)])
 def test_extra_draws_come_where_they_are_needed_and_leave_the_shared_ones(heads, td_horizon, extra):
     args = small_args(bmpc_multihead, planner_num_dynamics_heads=heads, td_horizon=td_horizon)
-    mine = bmpc_multihead.draw_update(args, 2, named(9))
-    theirs = bmpc.draw_update(small_args(td_horizon=td_horizon), 2, named(9))
+    mine = bmpc_multihead.sample_update_noise(args, 2, named(9))
+    theirs = bmpc.sample_update_noise(small_args(td_horizon=td_horizon), 2, named(9))
     mine_of_base = mine._replace(td=mine.td[0])
     assert all(torch.equal(x, y) for x, y in zip(mine_of_base, theirs, strict=True))
     assert len(mine.td) == (heads if extra else 1) and (not extra or not torch.equal(mine.td[0], mine.td[1]))
@@ -140,13 +147,13 @@ def test_extra_draws_come_where_they_are_needed_and_leave_the_shared_ones(heads,
 @each
 def test_no_numbers_are_drawn_twice(tmp_path, monkeypatch, script):
     """A generator asked for twice at one place would give the same ones: every purpose has a name of its own."""
-    own, asked, generator = OWN[script], [], script.Run.generator
+    own, asked, generator = OWN[script], [], script.Run.make_generator
 
     def listen(run, name):
-        asked.append((name, run.global_step, run.pretrained, run.updates))
+        asked.append((name, run.global_step, run.pretraining_updates, run.updates))
         return generator(run, name)
 
-    monkeypatch.setattr(script.Run, "generator", listen)
+    monkeypatch.setattr(script.Run, "make_generator", listen)
     whole(script, tmp_path, initial_expert_from_behavior=False, td_horizon=2, reanalyze_interval=2, **own)
     wanted = {"act", "expert", "update", "reanalyze"} | ({"heads"} if own else set())
     assert {name for name, *_ in asked} == wanted | ({"own expert", "optimistic"} if own is TWO else set())
@@ -179,10 +186,10 @@ REFUSED = {
 @pytest.mark.parametrize("flags", REFUSED)
 def test_impossible_flags_are_refused(flags):
     script = REFUSED[flags]
-    with pytest.raises(script.Refused, match=flags.replace("=", " ").split()[0]):
-        script.fill_in(script.parse_args(["--task", "Pendulum-v1", *flags.split()]))
+    with pytest.raises(script.UsageError, match=flags.replace("=", " ").split()[0]):
+        script.resolve_args(script.parse_args(["--task", "Pendulum-v1", *flags.split()]))
 
 
 def test_heads_and_policies_shape_the_run():
     for name in ("planner_num_dynamics_heads", "dual_policy_enabled"):
-        assert bmpc_dual_policy.FREE not in bmpc_dual_policy.notes()[name]
+        assert bmpc_dual_policy.RESUMABLE not in bmpc_dual_policy.field_metadata()[name]

@@ -91,7 +91,7 @@ class Bench:
 
     def make(self, script, mode, **changes):
         """A run of the script at model size 5 with 100 random steps in its buffer, and the plan to use."""
-        sizes = dict(zip(bmpc.SIZES, bmpc.MODEL_SIZES[5], strict=True)) | dict(num_q=self.options.num_q)
+        sizes = dict(zip(bmpc.MODEL_SIZE_FIELDS, bmpc.MODEL_SIZES[5], strict=True)) | dict(num_q=self.options.num_q)
         sizes |= (TINY if self.options.small else {}) | changes
         sizes |= dict(compile=mode in ("compiled", "captured"), cudagraphs=mode == "captured")
         follows = dict(reanalyze_horizon=3, reanalyze_log_std_min=-5.0, reanalyze_log_std_max=1.0)
@@ -99,7 +99,7 @@ class Bench:
         run, E = script.Run(args, TASK, self.device), args.num_envs
         random = lambda *shape: torch.rand(E, *shape, device=self.device)
         for _ in range(100):
-            action, expert = script.act_randomly(args, TASK.action_dim, run.generator("act"))
+            action, expert = script.random_action(args, TASK.action_dim, run.make_generator("act"))
             obs = random(TASK.obs_dim)
             run.buffer.add(obs, action, expert, random(), 0 * random(), obs, np.zeros(E, bool))
         return run, plain.plan if mode == "plain" else run.functions.plan
@@ -112,7 +112,7 @@ def bench_act(bench, mode):
         cases += [("act, 2 policies", bmpc_dual_policy, TWO_POLICIES, 8)]
     for name, script, changes, plans in cases:
         run, plan = bench.make(script, mode, **changes)
-        act = lambda s=script, r=run, p=plan: s.act(p, r.model, r.obs, r.mean, r.args, r.generator)
+        act = lambda s=script, r=run, p=plan: s.act(p, r.model, r.obs, r.prev_mean, r.args, r.make_generator)
         bench.time(name, mode, act, plans * flops(run.args)["plan"])
 
 
@@ -121,7 +121,7 @@ def bench_reanalyze(bench, mode):
     args = run.args
     batch = run.buffer.sample(np.random.default_rng(0).random(args.batch_size))
     work = args.reanalyze_batch_size * args.horizon * flops(args)["plan"]
-    renew = lambda: bmpc.reanalyze(plan, run.model, run.buffer, batch, args, run.generator)
+    renew = lambda: bmpc.reanalyze(plan, run.model, run.buffer, batch, args, run.make_generator)
     bench.time("reanalyze, 60 states", mode, renew, work)
 
 
@@ -132,14 +132,14 @@ def bench_update(bench, mode):
     cases += [("update, 2 policies", bmpc_dual_policy, TWO_POLICIES, 1)]
     for name, script, changes, count in cases if mode != "plain" else []:
         run, _ = bench.make(script, mode, reanalyze_interval=0, **changes)
-        updates = lambda s=script, r=run, n=count: [s.learn(r, pretraining=False) for _ in range(n)]
+        updates = lambda s=script, r=run, n=count: [s.train_step(r, pretraining=False) for _ in range(n)]
         bench.time(name, mode, updates, count * flops(run.args)["update"])
 
 
 def bench_sample(bench, mode):
     if mode == "eager":
         buffer = bmpc.ReplayBuffer(bmpc.Args(), TASK, bench.device)
-        buffer.windows = np.arange(1_000_000 - 3)  # as if full, whatever the rows hold
+        buffer.start_indices = np.arange(1_000_000 - 3)  # as if full, whatever the rows hold
         u = np.random.default_rng(0).random(256)
         bench.time("sample 256 windows of 1M rows", mode, lambda: buffer.sample(u))
 
@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    bmpc.choose_device(bmpc.Args(device=options.device))
+    bmpc.select_device(bmpc.Args(device=options.device))
     bench, threads = Bench(options), torch.get_num_threads()
     peak = f"{bench.peak() / 1e9:.0f} GFLOP/s"
     print(f"torch {torch.__version__}, {bench.device}, {threads} threads, peak {peak}, Q = {options.num_q}")
