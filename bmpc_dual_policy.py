@@ -1,27 +1,27 @@
 """BMPC with two policies: an optimistic one for exploration and a pessimistic one for value targets and evaluation.
 
 BMPC: Bootstrapped Model Predictive Control (Wang et al., ICLR 2025, https://arxiv.org/abs/2503.18871). The differences
-from bmpc.py are marked in the code. As in bmpc_multihead.py:
+from bmpc.py are marked in the code. [V1] to [V8] are those of bmpc_multihead.py:
 
     [V1] Flags.
-    [V2] The dynamics are a stack of H independent networks, rolled out side by side from one encoded state.
-    [V3] Each plan reports the disagreement of the heads about its elites; logged where H > 1.
+    [V2] The dynamics are H independent networks, rolled out in parallel from the same encoded state. Candidates of the
+         policy, value training and imitation follow head 0; predicted returns are means over heads.
+    [V3] Each plan reports how much the heads disagree about its elites; logged where H > 1.
     [V4] The score of a candidate is the mean of its H x Q return estimates, plus a coefficient times their standard
          deviation. Acting, reanalyze and evaluation have a coefficient each.
     [V5] In value targets, all dynamics heads share the first action; later actions are sampled for each head.
     [V6] The value heads share one target, or each bootstraps from its own target network.
-    [V7] The distance between the rollouts of the heads; logged where H > 1.
-    [V8] Learning rates that grow with the number of heads.
+    [V7] The disagreement of the heads about the last latent state of the rollouts; logged where H > 1.
+    [V8] Optional: learning rates that grow with the number of heads.
 
-And, with --dual-policy-enabled:
+With --dual-policy-enabled:
 
     [V9] Flags, and their checks.
     [V10] A second, optimistic policy with its own weights, EMA copy and KL scale.
-    [V11] Each transition has an expert for each policy.
+    [V11] The replay buffer holds an expert for each policy.
     [V12] Each policy imitates its own expert. The loss is the sum of both; they share an optimizer and gradient clip.
-    [V13] The optimistic policy proposes candidates when acting; its expert is planned with the coefficient of acting.
-          The expert of the pessimistic policy is planned separately, when acting and in reanalyze. Only the pessimistic
-          policy proposes candidates in evaluation and samples the actions of value targets.
+    [V13] Acting uses candidates of the optimistic policy; evaluation and value targets use the pessimistic policy. Each
+          policy has expert plans of its own, with its own candidates and its own coefficient of the std.
 
     python bmpc_dual_policy.py --dual-policy-enabled --planner-num-dynamics-heads 2 --planner-value-std-coef-train 1
     python bmpc_dual_policy.py --dual-policy-enabled --planner-value-std-coef-train 1 --policy-value-std-coef -1
@@ -39,7 +39,8 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     P  of them from the policy        H  dynamics heads
     R  imagined rollouts per state    C  capacity of the replay buffer, in vector steps
 
-results/README.md lists the differences from the authors' code, with the flag that undoes each of them.
+In the help of the flags, "official" is the authors' code and "JAX" is a port of it. results/README.md lists the
+differences from both. "Sweep 2a" to "sweep 2h" are the ablations in sweep_list/7_bmpc_equivalence/.
 """
 
 import contextlib
@@ -134,7 +135,7 @@ class Args:
     device: Resumable[DeviceName] = "auto"
     """auto (CUDA if available), cpu, cuda or cuda:N"""
     torch_deterministic: Resumable[bool] = True
-    """use deterministic torch kernels, so that a seed gives the same numbers again on the same machine"""
+    """use deterministic torch kernels, so that runs can be reproduced on the same machine"""
     track: Resumable[bool] = False
     """also log to Weights & Biases (requires `pip install wandb`)"""
     wandb_project_name: Resumable[str] = "bmpc"
@@ -146,7 +147,7 @@ class Args:
     profile: Resumable[bool] = False
     """write a profile of the run to trace.json, for Perfetto; meant for runs of a few hundred decisions"""
     eval_freq: Resumable[NonNegativeInt] = 10_000
-    """decisions between two evaluations; 0: never evaluate"""
+    """decisions (agent steps) between two evaluations; 0: never evaluate"""
     eval_episodes: Resumable[PositiveInt] = 10
     """episodes per evaluation, first with the planner, then with the policy alone"""
     log_freq: Resumable[NonNegativeInt] = 1_000
@@ -154,23 +155,23 @@ class Args:
     checkpoint_freq: Resumable[NonNegativeInt] = 10_000
     """decisions between two checkpoints; 0: only when the run ends or is stopped"""
     resume: Resumable[str] = ""
-    """RUN_DIR: resume this run; its arguments replace the defaults"""
+    """RUN_DIR: resume the run in this directory, with its arguments as defaults"""
     evaluate: Resumable[str] = ""
     """RUN_DIR: evaluate the agent of this run, print its returns and exit"""
     preset: Literal["full", "small"] = "full"
-    """small: other defaults, with which a CPU learns an easy task in a quarter of an hour"""
+    """small: smaller networks and a shorter run, which learns an easy task on a CPU in a quarter of an hour"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
     """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or a Gymnasium id with bounded float actions"""
     env_kwargs: str = "{}"
-    """more keyword arguments of gymnasium.make, as JSON: '{"env_name": "reach-v3"}'"""
+    """additional keyword arguments for gymnasium.make, as JSON: '{"env_name": "reach-v3"}'"""
     num_envs: PositiveInt = 4
     """parallel environments, each in its own process (official: 1; JAX: 4)"""
     action_repeat: PositiveInt | None = None
     """simulator steps per decision; their rewards are summed. None: 2 for dm_control, 1 otherwise"""
     episodic: bool = False
-    """learn to predict terminations; required where episodes can end other than by a time limit"""
+    """learn to predict terminations; required if episodes can end other than by a time limit"""
     discount: UnitFloat | None = None
     """discount per decision; None: clip((n/denom - 1)/(n/denom), min, max) for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
@@ -191,19 +192,19 @@ class Args:
     batch_size: PositiveInt = 256
     """windows in a batch"""
     buffer_size: PositiveInt = 1_000_000
-    """maximum number of rows in the replay buffer; it never allocates more than the run needs"""
+    """maximum number of transitions in the replay buffer; it never allocates more than the run needs"""
     lr: PositiveFloat = 3e-4
     """learning rate of the world model and the policy"""
     enc_lr_scale: PositiveFloat = 1.0
-    """the learning rate of the encoder is lr times this (official, TD-MPC2: 0.3)"""
+    """factor on the learning rate of the encoder (official, TD-MPC2: 0.3)"""
     grad_clip_norm: PositiveFloat = 20.0
     """maximum norm of the gradient, of the world model and of the policy separately"""
     tau: UnitFloat = 0.01
-    """step size of the exponential moving average that makes the target value heads"""
+    """step size of the target value heads, an exponential moving average (EMA) of the value heads"""
     rho: PositiveFloat = 0.5
     """step t of a rollout has weight rho^t in every loss"""
     normalize_rho_weights: bool = True
-    """divide these weights by their sum; off: by the horizon (official)"""
+    """normalize these weights to a sum of 1; off: divide them by the horizon (official)"""
     td_horizon: PositiveInt = 1
     """imagined steps before the value target bootstraps"""
     consistency_coef: NonNegativeFloat = 10.0
@@ -265,7 +266,7 @@ class Args:
     max_std: PositiveFloat = 2.0
     """initial and maximum std of a plan"""
     temperature: PositiveFloat = 0.5
-    """the weights of the elites are softmax(temperature x return)"""
+    """inverse temperature: the weights of the elites are softmax(temperature x return)"""
     eval_sample_elite: bool = False
     """in evaluation, execute a sampled elite instead of the best (official)"""
 
@@ -273,7 +274,7 @@ class Args:
     reanalyze_interval: NonNegativeInt = 10
     """updates between two calls of reanalyze; 0: never reanalyze"""
     reanalyze_batch_size: PositiveInt = 20
-    """windows of the batch whose states are planned again"""
+    """windows of each batch whose states are planned again"""
     reanalyze_horizon: PositiveInt | None = None
     """horizon of these plans; None: horizon"""
     reanalyze_log_std_min: FiniteFloat | None = None
@@ -281,13 +282,13 @@ class Args:
     reanalyze_log_std_max: FiniteFloat | None = None
     """maximum log std of the policy's candidates in reanalyze; None: log_std_max (official: 1)"""
     expert_std_scale: PositiveFloat = 1.5
-    """in the policy loss, the std of the expert is multiplied by this (official: 1)"""
+    """factor on the std of the expert in the policy loss (official: 1)"""
     expert_std_min: NonNegativeFloat = 0.1
-    """in the policy loss, the std of the expert is at least this (official: 0)"""
+    """minimum std of the expert in the policy loss (official: 0); without effect below min_std x expert_std_scale"""
 
     # --- speed
     compile: Resumable[bool] = True
-    """compile planning and losses with torch.compile (without a compiler: a warning, and eager mode)"""
+    """compile planning and losses with torch.compile; without a working compiler, warn and use eager mode"""
     cudagraphs: Resumable[bool] = True
     """run the compiled functions as CUDA graphs (CUDA only, with --compile)"""
     matmul_precision: Resumable[Literal["highest", "high", "medium"]] = "high"
@@ -295,14 +296,14 @@ class Args:
 
     # --- ablations
     reanalyze_use_chosen_action: bool = True
-    """the mean of the expert is the chosen action; off: the mean of the plan (JAX). Sweep 2c: which target should the
-    policy imitate?"""
+    """mean of the expert, when acting and in reanalyze: the chosen action; off: the mean of the plan (JAX). Sweep 2c:
+    which target should the policy imitate?"""
     chosen_action_noise: bool = True
-    """when acting, the chosen action is the executed one, with exploration noise; off: the sampled elite (official).
-    Belongs to sweep 2c"""
+    """the chosen action of an acting plan is the executed one, with exploration noise; off: the sampled elite, as in
+    reanalyze (official). What is executed does not change. Belongs to sweep 2c"""
     initial_expert_from_behavior: bool = True
-    """the first expert of a row is the plan that was executed; off: a separate plan. Sweep 2c: is the plan that starts
-    from the previous one a better first target?"""
+    """the first expert of a transition is the plan that was executed; off: a separate plan, which does not start from
+    the previous one. Sweep 2c: which is the better first target?"""
     num_rollouts: PositiveInt = 1
     """R: imagined rollouts per state for the value target. Sweep 2d: does averaging them reduce variance?"""
     imagine_initial_source: Literal["replay_rollout", "replay_true"] = "replay_rollout"
@@ -334,12 +335,12 @@ class Args:
     """each value head bootstraps from its own target network; off: all share the mean target. Sweep 2b: do independent
     targets keep the value heads diverse?"""
     ensemble_lr_scaling: bool = False
-    """multiply the learning rate of the dynamics heads by H and that of the value heads by Q / 5, since the loss is a
-    mean over heads"""
+    """multiply the learning rate of the dynamics heads by H and that of the value heads by Q / 5 (5: the default Q)"""
     # [V9] sweep 2h
     dual_policy_enabled: bool = False
     """add an optimistic policy, which proposes candidates when acting; the other, pessimistic policy does so in
-    evaluation and makes value targets. Sweep 2h: does optimism improve exploration if it stays out of the values?"""
+    evaluation and acts in value targets. initial_expert_from_behavior and chosen_action_noise then apply to the expert
+    of the optimistic policy only. Sweep 2h: does optimism improve exploration if it stays out of the values?"""
     policy_value_std_coef: FiniteFloat = 0.0
     """with two policies, weight of the standard deviation in the scores of the plans that the pessimistic policy
     imitates"""
@@ -389,7 +390,7 @@ def symexp(x: Tensor) -> Tensor:
 def two_hot(x: Tensor, args: Args) -> Tensor:
     """Encode scalars (...) as distributions (..., K) over bins.
 
-    symlog(x) is clipped to the range of the bins, and its probability is shared by the two bins next to it.
+    symlog(x) is clipped to the range of the bins. Its probability mass is split linearly between the two nearest bins.
     """
     bins_per_unit = (args.num_bins - 1) / (args.vmax - args.vmin)
     position = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit
@@ -398,7 +399,7 @@ def two_hot(x: Tensor, args: Args) -> Tensor:
 
 
 def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
-    """Decode logits (..., K) to scalars (...): symexp of the mean bin."""
+    """Decode logits (..., K) to scalars (...): symexp of the expected bin."""
     bins = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
@@ -422,8 +423,8 @@ def rho_weights(args: Args, like: Tensor) -> Tensor:
 def mish(x: Tensor) -> Tensor:
     """Compute x tanh(softplus(x)).
 
-    Its algebraic form needs one exponential. The compiler fuses it into one pass over memory, which takes half the
-    time of F.mish on a CPU; without a compiler, F.mish is faster.
+    With e = exp(x), tanh(log(1 + e)) = n / (n + 2), where n = e (e + 2). When compiled, this form is one pass over
+    memory and takes half the time of F.mish on a CPU. In eager mode, F.mish is faster. They agree up to rounding.
     """
     if not torch.compiler.is_compiling():
         return F.mish(x)
@@ -448,7 +449,8 @@ def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply x (heads or 1, ..., in) by weight (heads, in, out) in one product: (heads, ..., out)."""
     if len(weight) == 1:
         return x @ weight[0]
-    return torch.bmm(x.flatten(1, -2).expand(len(weight), -1, -1), weight).unflatten(1, x.shape[1:-1])
+    rows = x.flatten(1, -2).expand(len(weight), -1, -1)  # (heads, rows, in)
+    return torch.bmm(rows, weight).unflatten(1, x.shape[1:-1])
 
 
 class Linear(nn.Module):
@@ -495,7 +497,7 @@ class NormedLinear(Linear):
     def forward(
         self, x: Tensor, a: Tensor | None = None, heads: slice = slice(None), dropout_mask: Tensor | None = None
     ) -> Tensor:
-        """Apply the layer to x, or to [x, a]. dropout_mask (heads, ..., out): 0, or 1 over the probability to keep."""
+        """Apply the layer to x, or to [x, a]. dropout_mask: (heads, ..., out), 0 or 1 / (1 - dropout)."""
         y = super().forward(x, a, heads)
         if dropout_mask is not None:
             y = y * dropout_mask
@@ -530,8 +532,11 @@ class MLP(nn.Module):
         if heads == 1 or x.device.type != "cpu":
             return self.forward_heads(x, a, dropout_mask, slice(None))
         select = lambda y, head: y if y is None or len(y) == 1 else y[head]
-        slices = [slice(h, h + 1) for h in range(heads)]
-        return torch.cat([self.forward_heads(select(x, h), select(a, h), select(dropout_mask, h), h) for h in slices])
+        outputs = []
+        for h in range(heads):
+            head = slice(h, h + 1)
+            outputs.append(self.forward_heads(select(x, head), select(a, head), select(dropout_mask, head), head))
+        return torch.cat(outputs)
 
     def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice) -> Tensor:
         """Apply some of the heads at once."""
@@ -584,7 +589,10 @@ class WorldModel(nn.Module):
 
 
 def policy_gaussian(policy: nn.Module, z: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Compute mean and std of the policy at z (..., L): (..., A), (..., A). The mean is squashed by tanh."""
+    """Compute mean and std of the policy at z (..., L): (..., A), (..., A).
+
+    Only the mean is squashed by tanh, so that the KL to the expert has a closed form. Samples are clipped.
+    """
     mean, log_std = policy(z).chunk(2, -1)
     low, high = args.log_std_min, args.log_std_max
     log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1)
@@ -608,8 +616,8 @@ def rollout_return(
     """Roll the model out from z and predict the return, in two parts. Both the planner and the TD target use it.
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
-    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). Rewards and
-    values that follow a predicted termination (probability above 0.5) count as 0.
+    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). Rewards of a
+    single step from a shared z are (1, ...). After a predicted termination (probability above 0.5), all counts as 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -628,7 +636,7 @@ def rollout_return(
 
 
 class PlanNoise(NamedTuple):
-    """All random numbers of S plans. They are sampled beforehand, so that `plan` is a pure function."""
+    """All random numbers of S plans. They are inputs of `plan`, so that its compiled and eager versions agree."""
 
     policy: Tensor  # (S, P, T, A) standard normal
     candidates: Tensor  # (S, iterations, N-P, T, A) standard normal
@@ -644,8 +652,10 @@ class Plan(NamedTuple):
     best_action: Tensor  # (S, A) first action of the best elite
     mean: Tensor  # (S, T, A)
     std: Tensor  # (S, A) std of the first action
-    value: Tensor  # (S,) predicted return of the sampled elite
-    diagnostics: Tensor  # (S, 3) [V3] means over elites: std over heads, share of the bonus, share of the policy
+    value: Tensor  # (S,) score of the sampled elite
+    return_std: Tensor  # (S,) [V3] std of the predicted returns over heads, mean over elites
+    bonus_share: Tensor  # (S,) [V3] |bonus| / (|bonus| + |mean return|), where bonus = std_coef x std; mean over elites
+    policy_share: Tensor  # (S,) [V3] share of the elites that the policy proposed
 
 
 def sample_plan_noise(
@@ -661,17 +671,17 @@ def sample_plan_noise(
     return PlanNoise(policy, candidates, elite, normal(action_dim))
 
 
-def candidate_scores(rewards: Tensor, values: Tensor, std_coef: float) -> Tensor:
-    """Score candidates and compute the std over heads: (H, S, N), (Q, H, S, N) -> (2, S, N). [V4]
+def candidate_scores(rewards: Tensor, values: Tensor, std_coef: float) -> tuple[Tensor, Tensor]:  # [V4]
+    """Compute scores of candidates and the std of their returns over heads: (H, S, N), (Q, H, S, N) -> (S, N) each.
 
-    The score is the mean of the H x Q predicted returns plus std_coef times their population std. Not finite: -1e9.
+    The score is the mean of the H x Q predicted returns, plus std_coef times their std. Not finite: -1e9. [V4]
     """
     scores = rewards.mean(0) + values.mean((0, 1))
-    estimates = rewards + values  # (Q, H, S, N) [V4]
-    std = (estimates - estimates.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, N) [V4]
-    if std_coef != 0:  # [V4]
+    returns = rewards + values  # (Q, H, S, N) [V4]
+    std = (returns - returns.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, N) [V4]
+    if std_coef != 0:  # [V4] so that a score is finite where only its std is not
         scores = scores + std_coef * std
-    return torch.stack([scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9), std.nan_to_num(0.0, 0.0, 0.0)])  # [V4]
+    return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9), std.nan_to_num(0.0, 0.0, 0.0)  # [V4]
 
 
 @torch.compiler.nested_compile_region  # compiled once instead of once per iteration
@@ -682,23 +692,25 @@ def mppi_iteration(
     std: Tensor,
     policy_actions: Tensor,
     policy_scores: Tensor,
+    policy_stds: Tensor,  # [V3]
     noise: Tensor,
     args: Args,
     std_coef: float,  # [V4]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # [V3]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # [V3]
     """Sample candidates, score them and refit mean and std to the elites.
 
-    z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (2, S, P); noise: (S, N-P, T, A).
-    Returns mean and std (S, T, A), elites (S, num_elites, T, A), best first, their scores and weights (S, num_elites),
-    and diagnostics (S, 3). [V3] [V4]
+    z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (S, P); noise: (S, N-P, T, A).
+    Returns mean and std (S, T, A), elites (S, num_elites, T, A), best first, their scores and weights (S, num_elites).
+    policy_stds: (S, P), std over heads. Also returns that of the elites, and whether the policy proposed them. [V3]
     """
     # Sample action sequences and predict their returns
     samples = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # (S, N-P, T, A)
     steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A)
     select_action = lambda t, z: steps[None, t]  # (1, S, N-P, A)
     shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
-    returns = rollout_return(model, shared_z, select_action, len(steps), model.value, args)
-    scores, head_std = torch.cat([policy_scores, candidate_scores(*returns, std_coef)], 2)  # (S, N) each [V4]
+    rewards, values = rollout_return(model, shared_z, select_action, len(steps), model.value, args)
+    sample_scores, sample_stds = candidate_scores(rewards, values, std_coef)  # (S, N-P) each [V4]
+    scores = torch.cat([policy_scores, sample_scores], 1)  # (S, N)
     actions = torch.cat([policy_actions, samples], 1)  # (S, N, T, A)
 
     # Select the elites and weight them by their scores
@@ -710,14 +722,9 @@ def mppi_iteration(
     w = weights[:, :, None, None]
     mean = (w * elites).sum(1)
     std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(args.min_std, args.max_std)
-
-    # [V3] Diagnostics of the elites: std over heads, share of the bonus in the scores, share of the policy's candidates
-    elite_head_std = head_std.gather(1, elite_index)  # (S, num_elites)
-    bonus = std_coef * elite_head_std
-    bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)
-    is_from_policy = (elite_index < policy_actions.shape[1]).float()
-    diagnostics = torch.stack([elite_head_std, bonus_share, is_from_policy], 2).mean(1)  # (S, 3)
-    return mean, std, elites, elite_scores, weights, diagnostics  # [V3]
+    elite_stds = torch.cat([policy_stds, sample_stds], 1).gather(1, elite_index)  # (S, num_elites) [V3]
+    is_from_policy = (elite_index < policy_actions.shape[1]).to(scores.dtype)  # (S, num_elites) [V3]
+    return mean, std, elites, elite_scores, weights, elite_stds, is_from_policy  # [V3]
 
 
 @torch.no_grad()
@@ -742,27 +749,29 @@ def plan(
     policy_actions = []
 
     def follow_policy(t: int, z: Tensor) -> Tensor:
-        policy_actions.append(sample_action(policy, z[0], noise.policy[:, :, t], args))  # (S, P, A)
-        return policy_actions[t][None]
+        action = sample_action(policy, z[0], noise.policy[:, :, t], args)  # (S, P, A), from dynamics head 0
+        policy_actions.append(action)
+        return action[None]
 
-    returns = rollout_return(model, z[None, :, None], follow_policy, horizon, model.value, args)
-    policy_scores = candidate_scores(*returns, std_coef)  # (2, S, P) [V4]
+    rewards, values = rollout_return(model, z[None, :, None], follow_policy, horizon, model.value, args)
+    policy_scores, policy_stds = candidate_scores(rewards, values, std_coef)  # (S, P) each [V4]
     policy_actions = torch.stack(policy_actions, 2)  # (S, P, T, A)
 
     # MPPI
     mean = prev_mean
     std = torch.full_like(mean, args.max_std)
     for eps in noise.candidates.unbind(1):
-        mean, std, elites, elite_scores, weights, diagnostics = mppi_iteration(  # [V3]
+        mean, std, elites, elite_scores, weights, elite_stds, is_from_policy = mppi_iteration(  # [V3]
             model,
             z,
             mean,
             std,
             policy_actions,
             policy_scores,
+            policy_stds,
             eps,
             args,
-            std_coef,  # [V4]
+            std_coef,  # [V3] [V4]
         )
 
     # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
@@ -771,7 +780,10 @@ def plan(
     elite_action = elites[torch.arange(len(z), device=z.device), sampled, 0]  # (S, A)
     action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
     value = elite_scores.gather(1, sampled[:, None])[:, 0]
-    return Plan(action, elite_action, elites[:, 0, 0], mean, std[:, 0], value, diagnostics)  # [V3]
+    bonus = std_coef * elite_stds  # (S, num_elites) [V3]
+    bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)  # [V3]
+    diagnostics = [x.mean(1) for x in (elite_stds, bonus_share, is_from_policy)]  # [V3]
+    return Plan(action, elite_action, elites[:, 0, 0], mean, std[:, 0], value, *diagnostics)  # [V3]
 
 
 def run_planner(
@@ -785,11 +797,12 @@ def run_planner(
     std_coef: float,  # [V4]
 ) -> Plan:
     """Sample the noise and plan for S states: obs (S, O), prev_mean (S, T, A). plan_fn is `plan`, compiled or not."""
-    noise = sample_plan_noise(*prev_mean.shape, args, generator)
+    S, T, A = prev_mean.shape
+    noise = sample_plan_noise(S, T, A, args, generator)
     return plan_fn(model, policy, obs, prev_mean, noise, args, std_coef)  # [V4]
 
 
-def rollouts_per_state(args: Args) -> int:
+def planner_rollouts_per_state(args: Args) -> int:
     """Count the rollouts of an iteration of MPPI for each state."""
     return args.num_samples * args.planner_num_dynamics_heads  # [V2]
 
@@ -800,17 +813,24 @@ def shift_plan(mean: Tensor) -> Tensor:
 
 
 class Expert(NamedTuple):
-    """Diagonal Gaussians over actions that the policy imitates."""
+    """Diagonal Gaussians over actions that the policy imitates.
+
+    With two policies, the experts of the pessimistic and the optimistic one side by side, (..., 2A). [V11]
+    """
 
     mean: Tensor  # (..., A)
     std: Tensor  # (..., A)
-    optimistic_mean: Tensor | None = None  # (..., A) [V11] with two policies, the expert of the optimistic one
-    optimistic_std: Tensor | None = None  # (..., A) [V11]
+
+
+def join_experts(pessimistic: Expert, optimistic: Expert) -> Expert:  # [V11]
+    """Join the experts of both policies, (..., A) each, to (..., 2A)."""
+    return Expert(*(torch.cat(parts, -1) for parts in zip(pessimistic, optimistic, strict=True)))
 
 
 def make_expert(planned: Plan, chosen_action: Tensor, args: Args) -> Expert:
-    """Make the expert from S plans. chosen_action: (S, A), the default for the mean of the expert."""
-    return Expert(chosen_action if args.reanalyze_use_chosen_action else planned.mean[:, 0], planned.std)
+    """Make the expert from S plans. Its mean is chosen_action (S, A), or the mean of the plan (JAX)."""
+    mean = chosen_action if args.reanalyze_use_chosen_action else planned.mean[:, 0]
+    return Expert(mean, planned.std)
 
 
 # --- Losses and the update --------------------------------------------------------------------------------------------
@@ -829,10 +849,10 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """All random numbers of an update, except those of reanalyze."""
+    """All random numbers of an update, except those of reanalyze. They are inputs, as those of a plan."""
 
     td: Tensor  # (H or 1, R, td_horizon, T, B, A) [V5] standard normal, for the policy in the value targets
-    dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
+    dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1; not yet scaled
 
 
 def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[str], torch.Generator]) -> UpdateNoise:
@@ -891,27 +911,27 @@ def world_model_loss(
 
     # Latent consistency and reward
     zs, next_zs = rollout_dynamics(model, z_0, batch.action)  # (T, H, B, L)
-    consistency = (next_zs - true_z[1:, None].detach()).square().mean((1, 2, 3))  # (T,)
+    consistency_loss = (next_zs - true_z[1:, None].detach()).square().mean((1, 2, 3))  # (T,)
     reward_logits = model.reward(zs, batch.action[:, None])  # (T, H, B, K)
-    reward = soft_cross_entropy(reward_logits, two_hot(batch.reward, args)[:, None]).mean((1, 2))  # (T,)
+    reward_loss = soft_cross_entropy(reward_logits, two_hot(batch.reward, args)[:, None]).mean((1, 2))  # (T,)
 
     # Value. Averaging the two-hot targets of R rollouts averages their losses, since cross-entropy is linear in them
-    rollout_z = zs[:, 0]  # (T, B, L)
+    rollout_z = zs[:, 0]  # (T, B, L), of dynamics head 0
     value_z = rollout_z if args.imagine_initial_source == "replay_rollout" else true_z[:-1]
     target_z = true_z[:-1] if args.td_target_initial_source == "replay_true" else value_z
     policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
-    y = td_target(model, policy, target_z.detach(), noise.td, args)  # (Q or 1, R, T, B)
-    target = two_hot(y, args).mean(1)  # (Q or 1, T, B, K)
+    y = td_target(model, policy, target_z.detach(), noise.td, args)  # (1 or Q, R, T, B) [V6]
+    target = two_hot(y, args).mean(1)  # (1 or Q, T, B, K) [V6]
     value_logits = model.value(value_z[None], dropout_mask=noise.dropout_mask / (1 - args.dropout))  # (Q, T, B, K)
-    value = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
+    value_loss = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
     # Optional losses
-    losses = {"consistency": consistency, "reward": reward, "value": value}  # (T,) each
+    losses = {"consistency": consistency_loss, "reward": reward_loss, "value": value_loss}  # (T,) each
     if args.episodic:
         logits = model.termination(next_zs).squeeze(-1)  # (T, H, B)
         terminated = batch.terminated[:, None].expand_as(logits)
-        termination = F.binary_cross_entropy_with_logits(logits, terminated, reduction="none")
-        losses["termination"] = termination.mean((1, 2))
+        termination_loss = F.binary_cross_entropy_with_logits(logits, terminated, reduction="none")
+        losses["termination"] = termination_loss.mean((1, 2))
     if args.encoder_consistency_coef > 0:
         losses["encoder_consistency"] = (next_zs.detach() - true_z[1:, None]).square().mean((1, 2, 3))
 
@@ -937,9 +957,10 @@ def world_model_loss(
 
 
 def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
-    """Update the running scale S of the KL: S + 0.01 (max(p95 - p5, 1) - S), from kl (B,) at t = 0.
+    """Return the new running scale of the KL, from the old one and kl (B,) at t = 0.
 
-    TD-MPC2 scales its Q-values in the same way.
+    It is a moving average, with step size 0.01, of the range from the 5th to the 95th percentile, at least 1. TD-MPC2
+    scales its Q-values in the same way.
     """
     kl = kl.detach().sort().values
 
@@ -953,10 +974,10 @@ def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
 def imitation_loss(  # [V12]
     policy: nn.Module, ema_policy: nn.Module | None, scale: Tensor, z: Tensor, expert: Expert, args: Args
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Compute the loss of one policy: KL(policy || expert) / S (BMPC: expert imitation).
+    """Compute the loss of one policy: KL(policy || expert) over its running scale (BMPC: expert imitation).
 
     Optional terms: an entropy bonus, and a trust region around the EMA policy.
-    z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new S and metrics.
+    z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new scale and metrics.
     """
     weights = rho_weights(args, z)  # (T,)
     reduce = torch.mean if args.kl_reduction == "mean" else torch.sum
@@ -967,7 +988,7 @@ def imitation_loss(  # [V12]
     loss = (weights * kl.mean(1)).sum() / scale
 
     entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean(1)  # (T,)
-    if args.entropy_coef > 0:
+    if args.entropy_coef > 0:  # as in TD-MPC2, the entropy is multiplied by A
         loss = loss - args.entropy_coef * mean.shape[-1] * (weights * entropy).sum()
     metrics = {"losses/kl": kl.detach().mean(), "losses/kl_scale": scale, "losses/entropy": entropy.detach().mean()}
 
@@ -983,12 +1004,12 @@ def imitation_loss(  # [V12]
 def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Add up the losses of both policies. [V12]
 
-    z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new S of each policy and metrics.
+    z: (T, B, L), states of the rollout; expert: (T, B, 2A). Returns the loss, the new scales and metrics.
     """
     if not args.dual_policy_enabled:
         return imitation_loss(model.policy, model.ema_policy, model.kl_scale, z, expert, args)
     scale, optimistic_scale = model.kl_scale
-    optimistic_expert = Expert(expert.optimistic_mean, expert.optimistic_std)
+    expert, optimistic_expert = map(Expert, *(x.chunk(2, -1) for x in expert))  # (T, B, A) each
     loss, scale, metrics = imitation_loss(model.policy, model.ema_policy, scale, z, expert, args)
     optimistic_loss, optimistic_scale, optimistic_metrics = imitation_loss(
         model.optimistic_policy, model.optimistic_ema_policy, optimistic_scale, z, optimistic_expert, args
@@ -997,6 +1018,7 @@ def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tup
     with torch.no_grad():
         optimistic_gaussian = policy_gaussian(model.optimistic_policy, z, args)
         pessimistic_gaussian = policy_gaussian(model.policy, z, args)
+        # KL(optimistic || pessimistic)
         metrics["losses/kl_between_policies"] = gaussian_kl(*optimistic_gaussian, *pessimistic_gaussian).mean()
     return loss + optimistic_loss, torch.stack([scale, optimistic_scale]), metrics
 
@@ -1027,7 +1049,7 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Adam, args: Args) -> Ten
     loss.backward()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm(grads)
-    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))
+    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # as clip_grad_norm_, without its epsilon
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -1079,7 +1101,7 @@ def update(
 class ReplayBuffer:
     """A ring buffer of C vector steps on the device. A vector step has E rows, one transition of each environment.
 
-    Attributes on the host tell at which rows a window of T consecutive transitions of one episode starts.
+    Arrays on the host track at which rows a window starts: T consecutive transitions of one episode, finished or not.
     """
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
@@ -1087,8 +1109,8 @@ class ReplayBuffer:
         self.horizon = args.horizon
         self.capacity = min(args.buffer_size // E, math.ceil(args.total_timesteps / E))  # no more than the run needs
         # Columns of a row: obs, action, mean and std of the expert, reward, terminated, next_obs
-        expert_widths = [A] * (4 if args.dual_policy_enabled else 2)  # [V11]
-        self.widths = [task.obs_dim, A, *expert_widths, 1, 1, task.obs_dim]  # [V11]
+        expert_dim = 2 * A if args.dual_policy_enabled else A  # [V11]
+        self.widths = [task.obs_dim, A, expert_dim, expert_dim, 1, 1, task.obs_dim]  # [V11]
         zeros = np.zeros((self.capacity, E, sum(self.widths)), np.float32)  # on a CPU, pages are allocated when written
         self.rows = torch.from_numpy(zeros).to(device)
         self.valid_start = np.zeros((self.capacity, E), bool)  # whether a window starts at a row
@@ -1097,7 +1119,7 @@ class ReplayBuffer:
         self.step = 0  # vector steps added so far
 
     def split_rows(self, rows: Tensor, index: Tensor | None = None) -> Batch:
-        """View rows (..., D) as the fields of a Batch."""
+        """View rows (..., sum(widths)) as the fields of a Batch."""
         obs, action, *expert, reward, terminated, next_obs = rows.split(self.widths, -1)
         return Batch(obs, action, Expert(*expert), reward.squeeze(-1), terminated.squeeze(-1), next_obs, index)
 
@@ -1115,7 +1137,6 @@ class ReplayBuffer:
 
         ended: (E,) on the host, whether the episode ended with this step, by termination or truncation.
         """
-        expert = [x for x in expert if x is not None]  # [V11]
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
         self.valid_start[self.step % self.capacity] = False
@@ -1141,6 +1162,14 @@ class ReplayBuffer:
         index = to_device(index, self.rows.device)
         return self.split_rows(self.rows.flatten(0, 1)[index], index)
 
+    def replace_experts(self, index: Tensor, expert: Expert) -> None:
+        """Replace the experts of the rows at index (n,). If a row occurs several times, one of its experts is kept."""
+        all_rows = self.rows.flatten(0, 1)
+        rows = all_rows[index]
+        for column, new in zip(self.split_rows(rows).expert, expert, strict=True):
+            column.copy_(new)
+        all_rows[index] = rows
+
     def state_dict(self) -> dict[str, Any]:
         """Return all rows written so far and the state of the ring."""
         return {
@@ -1163,10 +1192,10 @@ class ReplayBuffer:
 
 
 def random_action(args: Args, action_dim: int, generator: torch.Generator) -> tuple[Tensor, Expert]:
-    """Sample uniform actions (E, A) for the warm-up. Their expert is a standard normal distribution."""
+    """Sample uniform actions (E, A) for the warm-up. Their expert is N(0, 1), until reanalyze replaces it."""
     action = torch.rand(args.num_envs, action_dim, generator=generator, device=generator.device) * 2 - 1
-    zeros, ones = torch.zeros_like(action), torch.ones_like(action)
-    return action, Expert(zeros, ones, zeros, ones) if args.dual_policy_enabled else Expert(zeros, ones)  # [V11]
+    expert = Expert(torch.zeros_like(action), torch.ones_like(action))
+    return action, join_experts(expert, expert) if args.dual_policy_enabled else expert  # [V11]
 
 
 @torch.no_grad()
@@ -1185,8 +1214,10 @@ def act(
     std_coef = args.planner_value_std_coef_train  # [V4]
     policy = model.optimistic_policy if args.dual_policy_enabled else model.policy  # [V13]
     behavior = run_planner(plan_fn, model, policy, obs, prev_mean, make_generator("act"), args, std_coef)  # [V4] [V13]
-    expert = make_expert(behavior, behavior.action if args.chosen_action_noise else behavior.elite_action, args)
-    if not args.initial_expert_from_behavior:
+    if args.initial_expert_from_behavior:
+        chosen_action = behavior.action if args.chosen_action_noise else behavior.elite_action
+        expert = make_expert(behavior, chosen_action, args)
+    else:
         no_mean = torch.zeros_like(prev_mean)
         generator = make_generator("expert")
         separate = run_planner(plan_fn, model, policy, obs, no_mean, generator, args, std_coef)  # [V4] [V13]
@@ -1197,11 +1228,12 @@ def act(
         generator = make_generator("own expert")
         std_coef = args.policy_value_std_coef
         pessimistic = run_planner(plan_fn, model, model.policy, obs, no_mean, generator, args, std_coef)
-        expert = Expert(*make_expert(pessimistic, pessimistic.elite_action, args)[:2], *expert[:2])
-        metrics["planner/pessimistic_proposal_share"] = pessimistic.diagnostics[:, 2].mean()
+        expert = join_experts(make_expert(pessimistic, pessimistic.elite_action, args), expert)
+        metrics["planner/pessimistic_proposal_share"] = pessimistic.policy_share.mean()
     if args.planner_num_dynamics_heads > 1 or args.dual_policy_enabled:  # [V3] [V13]
-        names = ("planner/return_disagreement", "planner/bonus_share", "planner/proposal_share")
-        metrics |= dict(zip(names, behavior.diagnostics.mean(0), strict=True))
+        metrics["planner/return_disagreement"] = behavior.return_std.mean()
+        metrics["planner/bonus_share"] = behavior.bonus_share.mean()
+        metrics["planner/proposal_share"] = behavior.policy_share.mean()
     return behavior.action, expert, behavior.mean, metrics
 
 
@@ -1259,25 +1291,20 @@ def reanalyze(
         optimistic = run_planner(
             plan_fn, model, model.optimistic_policy, obs, no_mean, generator, reanalyze_args, std_coef
         )
-        new_expert = Expert(*new_expert[:2], *make_expert(optimistic, optimistic.elite_action, args)[:2])
+        new_expert = join_experts(new_expert, make_expert(optimistic, optimistic.elite_action, args))
 
-    # If a row occurs in several windows, one of its plans is stored
-    rows = buffer.rows.flatten(0, 1)
-    updated = rows[index]
-    for stored, new in zip(buffer.split_rows(updated).expert, new_expert, strict=True):
-        if new is not None:  # [V11]
-            stored.copy_(new)
-    rows[index] = updated
-    for used, stored in zip(batch.expert, buffer.split_rows(rows[batch.index[:, :W]]).expert, strict=True):
-        if stored is not None:  # [V11]
-            used[:, :W] = stored
+    # Read the experts back, so that rows that occur in several windows have the same expert in batch and buffer
+    buffer.replace_experts(index, new_expert)
+    stored_rows = buffer.rows.flatten(0, 1)[batch.index[:, :W]]
+    for used, stored in zip(batch.expert, buffer.split_rows(stored_rows).expert, strict=True):
+        used[:, :W] = stored
 
 
 # --- Training loop ----------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """Everything that the future of a run depends on. `checkpoint_contents` lists what a checkpoint holds of it."""
+    """The complete state of a run. `checkpoint_contents` lists what a checkpoint holds of it."""
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
         E, A = args.num_envs, task.action_dim
@@ -1302,15 +1329,12 @@ class Run:
         self.finished_episodes: list[tuple[int, int, float, int]] = []  # of the last step: env, episode, return, length
 
     def make_generator(self, purpose: str) -> torch.Generator:
-        """Make the generator for a purpose, seeded from it, the seed of the run and its counters.
 
-        So generators have no state to save, and the same counters give the same random numbers.
-        """
         key = f"{purpose} {self.global_step} {self.pretraining_updates} {self.updates}"
         return seeded_generator(self.args.seed, key, device=self.obs.device)
 
     def accumulate_metrics(self, values: dict[str, Tensor]) -> None:
-        """Add scalars to the sums on the device. The values of one call are added and later copied together."""
+        """Add scalars to sums on the device. Scalars of one call are added, and later copied, in one operation."""
         names = tuple(values)
         total, count = self.metrics.get(names) or (torch.zeros(len(names), device=self.obs.device), 0)
         torch._foreach_add_(total.unbind(), list(values.values()))
@@ -1319,7 +1343,8 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        for names, (total, count) in self.metrics.items():  # updates overwrite pretraining updates of the same interval
+        # In the interval in which pretraining ends, later updates overwrite the metrics of pretraining
+        for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
             if not math.isfinite(mean):
@@ -1351,33 +1376,33 @@ def train_step(run: Run, pretraining: bool) -> None:
         run.accumulate_metrics(metrics)
 
 
-def pretrain(run: Run, monitor: "Monitor") -> None:
+def pretrain(run: Run, controller: "RunController") -> None:
     """Update the world model and the value heads learning_starts times. Stops early at a stop request."""
     with ProgressBar("pretraining", run.args.learning_starts, run.pretraining_updates) as progress:
-        while run.pretraining_updates < run.args.learning_starts and not monitor.stop_requested:
+        while run.pretraining_updates < run.args.learning_starts and not controller.stop_requested:
             train_step(run, pretraining=True)
             progress.update()
-    monitor.restart_speed()
+    controller.restart_speed()
 
 
 def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, mean: Tensor) -> None:
     """Store the transitions of a step. The next plans start from these means (E, T, A), except in new episodes."""
-    step = finish_step(run, envs)  # resets the environments whose episode ended
+    step = finish_step(run, envs)  # advances global_step and resets the environments whose episode ended
     run.buffer.add(run.obs, action, expert, step.reward, step.terminated, step.next_obs, step.ended)
     run.obs = step.obs
     run.prev_mean = shift_plan(mean) * step.continues[:, None, None]
 
 
-def train(run: Run, envs: "Envs", monitor: "Monitor") -> int:
+def train(run: Run, envs: "Envs", controller: "RunController") -> int:
     """Train until the run is done or asked to stop (BMPC, algorithm 1). Returns the exit code."""
     args = run.args
     while True:
         # Pretrain once, after the warm-up
         if run.global_step >= args.learning_starts and run.pretraining_updates < args.learning_starts:
-            pretrain(run, monitor)
+            pretrain(run, controller)
 
         # Write checkpoints, evaluate and log where due. None of it changes what is learned
-        exit_code = monitor.between_steps()
+        exit_code = controller.between_steps()
         if exit_code is not None:
             return exit_code
 
@@ -1385,7 +1410,7 @@ def train(run: Run, envs: "Envs", monitor: "Monitor") -> int:
         with record_function("act"):
             if run.global_step < args.learning_starts:
                 action, expert = random_action(args, run.prev_mean.shape[2], run.make_generator("act"))
-                mean = run.prev_mean
+                mean = run.prev_mean  # zeros
             else:
                 action, expert, mean, metrics = act(
                     run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
@@ -1412,8 +1437,12 @@ class RunError(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """Describe an exception in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """Describe an exception in one line: its type and the first line of its message."""
+    message = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {message}"
+
+
+print_line = tqdm.write  # prints a line above the progress bars
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------
@@ -1449,6 +1478,7 @@ class ActionRepeat(gym.Wrapper):
     def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
         self.repeat = repeat
+        self.rendering_failed = False
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         obs, _ = self.env.reset(seed=seed)
@@ -1466,12 +1496,17 @@ class ActionRepeat(gym.Wrapper):
 
     def render_frame(self) -> np.ndarray | None:
         """Render a frame (height, width, 3). Returns None if the environment has no render mode or rendering fails."""
+        if not self.env.render_mode or self.rendering_failed:  # after a failure, a second call may crash the process
+            return None
         try:
-            return self.env.render() if self.env.render_mode else None
+            return self.env.render()
         except Exception as e:  # graphics drivers can raise anything; a run does not depend on its video
             print(f"warning: rendering failed: {describe(e)}", file=sys.stderr, flush=True)
-            self.render_frame = lambda: None  # after a failure, a second call may crash the process
+            self.rendering_failed = True
             return None
+
+
+UNBOUNDED = 1e6  # larger bounds of an action stand for no bounds
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
@@ -1489,7 +1524,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     if len(obs_space.shape or ()) > 2 or not isinstance(gym.spaces.flatten_space(obs_space), gym.spaces.Box):
         raise UsageError(f"{args.env_id} has observations {obs_space}; only vectors are supported, not images")
     is_float_box = isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
-    if not is_float_box or np.abs([action_space.low, action_space.high]).max() >= 1e6:
+    if not is_float_box or np.abs([action_space.low, action_space.high]).max() >= UNBOUNDED:
         raise UsageError(f"{args.env_id} has the action space {action_space}; a bounded Box of floats is required")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     unflatten = lambda action: action.reshape(action_space.shape)
@@ -1518,7 +1553,8 @@ def env_errors() -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as e:  # the worker closed its end of the pipe
-        traceback.clear_frames(e.__traceback__)  # garbage collection of these frames crashes Python 3.12
+        # These frames hold a half-sent message; collecting them later as garbage crashes Python 3.12
+        traceback.clear_frames(e.__traceback__)
         raise RunError(f"the process of an environment died: {describe(e)}") from e
     except Exception as e:  # raised in the environment and passed on by gymnasium
         raise RunError(f"an environment failed: {describe(e)}") from e
@@ -1537,16 +1573,16 @@ class Envs(AsyncVectorEnv):
         env_fns = [functools.partial(make_env, args, render_first and i == 0) for i in range(num_envs)]
         super().__init__(env_fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
 
-    def reset(self, mask: np.ndarray, episode_keys: Iterable[tuple], obs: np.ndarray | float = 0.0) -> np.ndarray:
+    def start_episodes(self, mask: np.ndarray, episode_keys: Iterable[tuple], obs: np.ndarray) -> np.ndarray:
         """Start new episodes where mask (E,) is set. Each is seeded from its key, such as (environment, episode).
 
-        Returns obs (E, O) with the first observations of the new episodes.
+        Returns obs (E, O), with the first observations of the new episodes.
         """
         if not mask.any():
             return obs
         seeds = [derive_seed(self.seed, *key) for key in episode_keys]
         with env_errors():
-            first_obs, _ = super().reset(seed=seeds, options={"reset_mask": mask})
+            first_obs, _ = self.reset(seed=seeds, options={"reset_mask": mask})
         self.check_finite(first_obs, "an observation")
         return np.where(mask[:, None], first_obs, obs)
 
@@ -1576,12 +1612,12 @@ class Envs(AsyncVectorEnv):
 class EnvStep(NamedTuple):
     """One step of all environments, on the device except for `ended`."""
 
-    next_obs: Tensor  # (E, O) true next observations, also where the episode ended
+    next_obs: Tensor  # (E, O) observation after the step, also where it ended the episode
     reward: Tensor  # (E,)
     terminated: Tensor  # (E,) 1 or 0
     ended: np.ndarray  # (E,) bool, on the host: terminated or truncated
-    obs: Tensor  # (E, O) next_obs, or the first observation of the next episode
-    continues: Tensor  # (E,) 1 where the episode goes on, else 0
+    obs: Tensor  # (E, O) observation to act on next: next_obs, or the first observation of a new episode
+    continues: Tensor  # (E,) not ended, as 1 or 0
 
 
 def finish_step(run: Run, envs: Envs) -> EnvStep:
@@ -1599,7 +1635,7 @@ def finish_step(run: Run, envs: Envs) -> EnvStep:
     ]
     run.episode += torch.from_numpy(ended)
     run.episode_return[ended] = 0.0
-    obs = envs.reset(ended, enumerate(run.episode.tolist()), next_obs)
+    obs = envs.start_episodes(ended, enumerate(run.episode.tolist()), next_obs)
 
     # Copy everything to the device at once
     parts = [x.ravel() for x in (obs, next_obs, reward, terminated, ~ended)]
@@ -1608,58 +1644,73 @@ def finish_step(run: Run, envs: Envs) -> EnvStep:
     return EnvStep(next_obs.view_as(run.obs), reward, terminated, ended, obs.view_as(run.obs), continues)
 
 
-def start_episodes(run: Run, envs: Envs) -> None:
-    """Reset all environments. In a resumed run, also replay the actions of the unfinished episodes.
+def start_run_episodes(run: Run, envs: Envs) -> None:
+    """Start the first episodes of a run, or return to the unfinished episodes of a resumed run."""
+    episode_keys = list(enumerate(run.episode.tolist()))
+    obs = np.zeros(run.obs.shape, np.float32)
+    if run.global_step == 0:
+        obs = envs.start_episodes(np.ones(envs.num_envs, bool), episode_keys, obs)
+    else:
+        obs = replay_unfinished_episodes(run, envs, obs)
+        # The observations must be those of the checkpoint, bit for bit; otherwise, the next episode starts
+        diverged = (obs.view(np.int32) != to_host(run.obs).view(np.int32)).any(1)
+        if diverged.any():
+            env_ids = np.flatnonzero(diverged).tolist()
+            message = f"environments {env_ids} do not reproduce their unfinished episodes; new ones start"
+            print_line(f"warning: {message}", sys.stderr)
+            run.episode += torch.from_numpy(diverged)
+            obs = envs.start_episodes(diverged, enumerate(run.episode.tolist()), obs)
+            run.episode_return[diverged] = 0
+            run.prev_mean[diverged] = 0
+            run.buffer.episode_step[diverged] = 0
+    run.obs = to_device(obs, run.obs.device)
 
-    The seeds and actions must lead to the observations of the checkpoint, bit for bit. Where they do not, or where the
-    replay buffer no longer holds the whole episode, the next episode starts instead.
+
+def replay_unfinished_episodes(run: Run, envs: Envs, obs: np.ndarray) -> np.ndarray:
+    """Repeat the actions of the unfinished episodes, from their first decision. Returns obs (E, O).
+
+    If the replay buffer no longer holds the whole episode, only its first observation is returned.
     """
     buffer = run.buffer
-    last_obs = to_host(run.obs)
-    steps = np.where(buffer.episode_step > buffer.capacity, 0, buffer.episode_step)  # (E,) decisions to replay
     episode_keys = list(enumerate(run.episode.tolist()))
-    obs = envs.reset(steps >= 0, episode_keys)
-    for remaining in range(steps.max(), 0, -1):  # episodes with fewer steps start later, with a second reset
+    is_complete = buffer.episode_step <= buffer.capacity
+    steps = np.where(is_complete, buffer.episode_step, 0)  # (E,) decisions to repeat
+    obs = envs.start_episodes(np.ones(envs.num_envs, bool), episode_keys, obs)
+    for remaining in range(steps.max(), 0, -1):  # all episodes end together; shorter ones are reset when they start
         actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
         envs.step_async(actions * (steps >= remaining)[:, None])
         obs, _, terminated, truncated = envs.step_wait()
-        obs = envs.reset((steps == remaining - 1) | terminated | truncated, episode_keys, obs)
-    diverged = (obs.view(np.int32) != last_obs.view(np.int32)).any(1) & (run.global_step > 0)
-    if diverged.any():
-        env_ids = np.flatnonzero(diverged).tolist()
-        say(f"warning: environments {env_ids} do not reproduce their unfinished episodes; new ones start", sys.stderr)
-        run.episode += torch.from_numpy(diverged)
-        obs = envs.reset(diverged, enumerate(run.episode.tolist()), obs)
-        run.episode_return[diverged] = 0
-        run.prev_mean[diverged] = 0
-        buffer.episode_step[diverged] = 0
-    run.obs = to_device(obs, run.obs.device)
+        starts_now = steps == remaining - 1
+        obs = envs.start_episodes(starts_now | terminated | truncated, episode_keys, obs)
+    return obs
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
 def run_episodes(
-    run: Run, envs: Envs, use_planner: bool, stop_signals: list[int], frames: list[np.ndarray | None]
-) -> np.ndarray | None:
+    run: Run, envs: Envs, use_planner: bool, stop_signals: list[int]
+) -> tuple[np.ndarray, list[np.ndarray | None]] | None:
     """Run eval_episodes episodes with the planner, or with the mean action of the policy.
 
-    Episode j has the same seed in every evaluation. With --capture-video, the frames of the planner's episode 0 are
-    appended to `frames`. Returns the returns of the episodes (float64), or None if a signal asked to stop.
+    Episode j has the same seed in every evaluation. Returns the returns of the episodes (float64) and, with
+    --capture-video, the frames of the planner's episode 0. Returns None if a signal asked to stop.
     """
     args, num_envs = run.args, envs.num_envs
-    prev_mean = torch.zeros_like(run.prev_mean[:1]).repeat(num_envs, 1, 1)
+    prev_mean = run.prev_mean.new_zeros(num_envs, *run.prev_mean.shape[1:])
     returns = np.zeros(args.eval_episodes)
-    episode = np.arange(num_envs)  # of each environment; those from eval_episodes on do not count
+    frames = []
+    episode_ids = np.arange(num_envs)  # the episode of each environment; those from eval_episodes on do not count
+    next_episode = num_envs
     generator = seeded_generator(args.seed, f"evaluation {run.global_step}", device=run.obs.device)
     progress = ProgressBar(f"evaluating {'planner' if use_planner else 'policy alone'}, decisions")
-    obs = 0.0
+    obs = np.zeros((num_envs, run.obs.shape[1]), np.float32)
     ended = np.ones(num_envs, bool)
-    while (active := episode < args.eval_episodes).any():
+    while (active := episode_ids < args.eval_episodes).any():
         if stop_signals:
             return None
-        obs = envs.reset(ended, [("eval", j) for j in episode], obs)
-        if args.capture_video and use_planner and episode[0] == 0:
+        obs = envs.start_episodes(ended, [("eval", j) for j in episode_ids], obs)
+        if args.capture_video and use_planner and episode_ids[0] == 0:
             frames.append(envs.call("render_frame")[0])
         device_obs = to_device(obs, run.obs.device)
         if use_planner:
@@ -1669,25 +1720,27 @@ def run_episodes(
             action = policy_action(run.model, device_obs, args)
         envs.step_async(to_host(action))
         obs, reward, terminated, truncated = envs.step_wait()
-        returns[episode[active]] += reward[active]
+        returns[episode_ids[active]] += reward[active]
         progress.update(num_envs)
         ended = terminated | truncated
-        episode[ended] = episode.max() + 1 + np.arange(ended.sum())
+        episode_ids[ended] = next_episode + np.arange(ended.sum())
+        next_episode += ended.sum()
         prev_mean[ended] = 0.0
     progress.close()
-    return returns
+    return returns, frames
 
 
 def evaluate(run: Run, envs: Envs, stop_signals: list[int], video_path: Path) -> dict[str, float] | None:
     """Evaluate with the planner and with the policy alone. Returns both mean returns; None if asked to stop."""
-    frames: list[np.ndarray | None] = []
-    planner_returns = run_episodes(run, envs, True, stop_signals, frames)
-    policy_returns = run_episodes(run, envs, False, stop_signals, frames)
-    if planner_returns is None or policy_returns is None:
+    planner_result = run_episodes(run, envs, use_planner=True, stop_signals=stop_signals)
+    policy_result = planner_result and run_episodes(run, envs, use_planner=False, stop_signals=stop_signals)
+    if planner_result is None or policy_result is None:
         return None
+    planner_returns, frames = planner_result
+    policy_returns, _ = policy_result
     summarize = lambda x: f"{x.mean():.1f} +- {x.std():.1f} ({x.min():.1f} to {x.max():.1f})"
     summary = f"planner {summarize(planner_returns)}, policy alone {summarize(policy_returns)}"
-    say(f"step {run.global_step}: evaluation: {summary}")
+    print_line(f"step {run.global_step}: evaluation: {summary}")
     if frames:
         write_video(video_path, frames, fps=30 / run.args.action_repeat)
     return {"eval/episodic_return": planner_returns.mean(), "eval/policy_episodic_return": policy_returns.mean()}
@@ -1701,14 +1754,14 @@ def write_video(path: Path, frames: list[np.ndarray | None], fps: float) -> None
         path.parent.mkdir(exist_ok=True)
         imageio.mimwrite(path, frames, fps=fps, macro_block_size=2)
     except Exception as e:  # no renderer, no imageio, no ffmpeg
-        say(f"warning: no video at {path}: {describe(e)}", sys.stderr)
+        print_line(f"warning: no video at {path}: {describe(e)}", sys.stderr)
 
 
 # --- Random numbers, devices, compilation -----------------------------------------------------------------------------
 
 
 def derive_seed(seed: int, *key: Any) -> int:
-    """Derive a seed from the seed of the run and a key: that of an episode, or of a generator."""
+    """Derive a seed from the seed of the run and a key that identifies an episode or a generator."""
     text = " ".join(map(str, (seed, *key)))
     return int(np.random.SeedSequence(list(text.encode())).generate_state(1)[0])
 
@@ -1729,8 +1782,8 @@ def to_host(x: Tensor) -> np.ndarray:
     return x.cpu().numpy()
 
 
-def select_device(args: Args) -> torch.device:
-    """Select the torch device and configure torch. Raises UsageError if the device is not available."""
+def setup_torch(args: Args) -> torch.device:
+    """Configure torch and return its device. Raises UsageError if the device is not available."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # with its index
@@ -1748,34 +1801,38 @@ def select_device(args: Args) -> torch.device:
     return device
 
 
+CPU_CHUNK_ROLLOUTS = 2048  # the activations of so many rollouts fit the cache of a CPU
+
+
 def make_functions(args: Args, device: torch.device) -> Functions:
-    """Compile the expensive functions, each to one graph per set of shapes. Without a compiler they stay eager."""
+    """Compile the expensive functions, each to one graph per input shape. Without a compiler they stay eager."""
     functions = compile_functions(args, device) if args.compile else Functions()
     if device.type == "cuda":
-        return functions._replace(
-            plan=keep_outputs(functions.plan), world_model_loss=start_graph_step(functions.world_model_loss)
-        )
-    return functions._replace(plan=plan_in_chunks(functions.plan, max(1, 2048 // rollouts_per_state(args))))
+        plan_fn = clone_outputs(functions.plan)
+        return functions._replace(plan=plan_fn, world_model_loss=start_graph_step(functions.world_model_loss))
+    max_states = max(1, CPU_CHUNK_ROLLOUTS // planner_rollouts_per_state(args))
+    return functions._replace(plan=plan_in_chunks(functions.plan, max_states))
 
 
 def compile_functions(args: Args, device: torch.device) -> Functions:
     """Apply torch.compile to all functions. Compilation itself happens at their first calls."""
-    say("looking for a compiler ...")
+    print_line("looking for a compiler ...")
     try:
         with warnings.catch_warnings(action="ignore"):  # deprecations inside torch
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as e:
-        say(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
+        print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ in batch size and options
     CompileTimer.install()
     on_cuda = device.type == "cuda"
     options = {
-        "combo_kernels": on_cuda,  # fewer launches: independent kernels are merged,
-        "comprehensive_padding": False,  # and outputs are not copied out of padding
+        "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
+        "comprehensive_padding": False,  # padded outputs would be copied, in a launch each
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
-    return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in Functions()))
+    eager = Functions()
+    return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in eager))
 
 
 class CompileTimer:
@@ -1793,12 +1850,12 @@ class CompileTimer:
 
     @classmethod
     def on_start(cls, _: Any) -> None:
-        say("compiling ...")
+        print_line("compiling ...")
         cls.started = time.perf_counter()
 
     @classmethod
     def on_end(cls, _: Any) -> None:
-        say("compiled")
+        print_line("compiled")
         cls.seconds += time.perf_counter() - cls.started
 
 
@@ -1810,14 +1867,16 @@ def plan_in_chunks(plan_fn: Callable[..., Plan], max_states: int) -> Callable[..
     ) -> Plan:
         num_chunks = math.ceil(len(obs) / max_states)
         chunks = zip(*(x.tensor_split(num_chunks) for x in (obs, prev_mean, *noise)), strict=True)
-        plans = [plan_fn(model, policy, obs, mean, PlanNoise(*noise), *args) for obs, mean, *noise in chunks]
+        plans = []
+        for chunk_obs, chunk_mean, *chunk_noise in chunks:
+            plans.append(plan_fn(model, policy, chunk_obs, chunk_mean, PlanNoise(*chunk_noise), *args))
         return Plan(*map(torch.cat, zip(*plans, strict=True)))
 
     return chunked_plan
 
 
-def keep_outputs(plan_fn: Callable[..., Plan]) -> Callable[..., Plan]:
-    """Wrap a plan function so that its outputs survive its next call, which overwrites those of a CUDA graph."""
+def clone_outputs(plan_fn: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Wrap a plan function so that it returns copies: the next call of a CUDA graph overwrites its outputs."""
 
     def plan_and_copy(*args: Any) -> Plan:
         torch.compiler.cudagraph_mark_step_begin()
@@ -1827,20 +1886,20 @@ def keep_outputs(plan_fn: Callable[..., Plan]) -> Callable[..., Plan]:
 
 
 def start_graph_step(function: Callable) -> Callable:
-    """Wrap the first function of an update: outputs of CUDA graphs are valid until the next update starts."""
+    """Wrap the first function of an update: it starts a step, during which the outputs of CUDA graphs stay valid."""
 
-    def first_function(*args: Any) -> Any:
+    def function_in_new_step(*args: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
         return function(*args)
 
-    return first_function
+    return function_in_new_step
 
 
 # --- Checkpoints, log, run directory ----------------------------------------------------------------------------------
 #
-# A run is crash-only: every fault ends it, and since resuming is exact, nothing is lost by that. A checkpoint at step s
-# holds the run between two steps, before the evaluation and the log entries of step s. A run resumed at s repeats them,
-# after its log has been truncated to the entries before s.
+# A run is crash-only: every fault ends it. Resuming is exact, so only the work since the last checkpoint is repeated.
+# A checkpoint at step s holds the run between two steps, before the evaluation and the log entries of step s. A run
+# that is resumed at s truncates its log to the entries before s, and then repeats those of s.
 
 CHECKPOINT_FORMAT = 3
 OLDER_CHECKPOINTS = "commit 1775172"  # the last one that reads and writes format 2
@@ -1896,7 +1955,7 @@ def save_checkpoint(run: Run, directory: Path) -> None:
         atomic_write(directory / "checkpoint.pt", lambda file: torch.save(checkpoint_contents(run), file))
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         raise RunError(f"the checkpoint cannot be written: {describe(e)}") from e
-    say(f"checkpoint at {run.global_step}")
+    print_line(f"checkpoint at {run.global_step}")
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any]:
@@ -1912,11 +1971,11 @@ def read_checkpoint(directory: Path) -> dict[str, Any]:
             if archive.testzip() is not None:
                 raise ValueError("its checksums do not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if "script" in state:
+        if "script" in state:  # a key of format 2
             raise ValueError(f"it has an older format; {OLDER_CHECKPOINTS} of this project reads it")
         if state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"it has format {state['format']}, and this version reads format {CHECKPOINT_FORMAT}")
-        Args(**state["args"])
+        Args(**state["args"])  # raises if a field is unknown
         return state
     except Exception as e:  # a damaged file can raise anything
         raise RunError(f"{path} cannot be used: {describe(e)}") from e
@@ -1937,15 +1996,16 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-class Log:
-    """Writes metrics.csv (global_step, env_steps, tag, value) and TensorBoard, and mirrors it to Weights & Biases."""
+class MetricsLogger:
+    """Writes metrics to metrics.csv and TensorBoard, optionally mirrored to Weights & Biases."""
 
     def __init__(self, directory: Path, args: Args, step: int):
         """Open the log of a run that starts at, or is resumed at, this step: entries from there on are removed."""
         self.action_repeat = args.action_repeat
         path = directory / "metrics.csv"
         lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
-        kept_lines = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) < step]
+        lines = [line for line in lines if line.endswith("\n")]  # drops a last line that is only partly written
+        kept_lines = [line for line in lines if int(line.split(",")[0]) < step]
         text = "".join(["global_step,env_steps,tag,value\n", *kept_lines])
         atomic_write(path, lambda file: file.write(text.encode()))
         if args.track:
@@ -1969,7 +2029,7 @@ class Log:
                 sync_tensorboard=True,
             )
         except Exception as e:  # not installed, no network, no account
-            say(f"warning: continuing without Weights & Biases ({describe(e)})", sys.stderr)
+            print_line(f"warning: continuing without Weights & Biases ({describe(e)})", sys.stderr)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Log values by their tags."""
@@ -1978,7 +2038,7 @@ class Log:
             self.tensorboard.add_scalar(tag, value, step)
 
     def flush(self) -> None:
-        """Flush everything to disk. A checkpoint relies on the entries before it."""
+        """Flush everything to disk. A checkpoint is written only after the log entries before it."""
         os.fsync(self.file.fileno())
         self.tensorboard.flush()
 
@@ -2010,8 +2070,9 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
         raise UsageError(f"{directory} holds a run with other arguments ({'; '.join(changed)}); give --run-name NAME")
     step = state["global_step"]
     is_finished = (directory / "finished.json").exists()
+    # The last checkpoint of a run that was killed in its last evaluation is up to num_envs - 1 past its end
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
-        advice = f"more --steps continue it, --run-name NAME starts another, --evaluate {directory} evaluates it"
+        advice = f"raise --steps to continue it, give --run-name NAME for a new run, or --evaluate {directory}"
         raise UsageError(f"{directory} holds a finished run of {step} decisions; {advice}")
 
 
@@ -2059,18 +2120,15 @@ class ProgressBar(tqdm):
             print(self, file=sys.stderr, flush=True)
 
 
-say = tqdm.write  # prints a line above the progress bars
-
-
 def crossed_multiple(interval: int, step: int, stride: int) -> bool:
     """Tell whether the last `stride` decisions before `step` reached or passed a multiple of `interval`."""
     return step > 0 and step // interval > (step - stride) // interval
 
 
-class Monitor:
+class RunController:
     """Writes checkpoints, evaluates and logs between two steps, and decides when the run ends."""
 
-    def __init__(self, run: Run, eval_envs: Envs | None, log: Log, stop_signals: list[int], directory: Path):
+    def __init__(self, run: Run, eval_envs: Envs | None, log: MetricsLogger, stop_signals: list[int], directory: Path):
         self.run = run
         self.eval_envs = eval_envs
         self.log = log
@@ -2098,7 +2156,7 @@ class Monitor:
         self.clock_start = now
 
     def restart_speed(self) -> None:
-        """Measure decisions per second from here on."""
+        """Start a new measurement of decisions per second."""
         self.add_training_seconds()
         self.speed_start = (self.run.global_step, self.run.training_seconds)
 
@@ -2132,7 +2190,7 @@ class Monitor:
             return 0
         self.progress.set_postfix(self.postfix, refresh=False)
         self.progress.update(run.global_step - self.progress.n)
-        self.clock_start = self.read_clock()
+        self.clock_start = self.read_clock()  # excludes evaluations and checkpoints
         return None
 
     def save(self) -> None:
@@ -2150,7 +2208,7 @@ class Monitor:
         step = self.run.global_step
         for env_id, episode, episode_return, length in self.run.finished_episodes:
             self.log.add(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
-            say(
+            print_line(
                 f"step {step}: environment {env_id}, episode {episode}: return {episode_return:.1f}, {length} decisions"
             )
             self.postfix["return"] = f"{episode_return:.1f}"
@@ -2174,14 +2232,15 @@ def field_metadata() -> dict[str, list[Any]]:
     """Return for each argument the metadata of its type: its Constraint, and RESUMABLE."""
     metadata = {}
     for name, hint in get_type_hints(Args, include_extras=True).items():
-        types = [hint, *get_args(hint)]  # in `PositiveInt | None`, the constraint belongs to a part of the type
-        metadata[name] = [item for type_ in types for item in getattr(type_, "__metadata__", ())]
+        metadata[name] = []
+        for type_ in (hint, *get_args(hint)):  # in `PositiveInt | None`, the constraint belongs to a part of the type
+            metadata[name] += getattr(type_, "__metadata__", ())
     return metadata
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line. The defaults are those of a preset, or of the run given to --resume or --evaluate."""
-    args = tyro.cli(Args, args=argv)
+    args = tyro.cli(Args, args=argv)  # finds the preset or run that supplies the defaults
     defaults = PRESETS[args.preset]
     if directory := args.evaluate or args.resume:
         defaults = read_checkpoint(Path(directory))["args"] | {"resume": "", "evaluate": ""}
@@ -2217,7 +2276,7 @@ def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
 
 
 def default_discount(args: Args, task: TaskInfo) -> float:
-    """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if that has no limit."""
+    """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if it has no time limit."""
     if task.episode_length is None:
         raise UsageError(f"{args.env_id} has no time limit to compute the discount from; give --discount")
     n = task.episode_length / args.discount_denom
@@ -2276,12 +2335,12 @@ def make_eval_envs(args: Args) -> Envs:
 def evaluate_checkpoint(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
     """Evaluate the model in a run's checkpoint. Returns the exit code."""
     eval_envs = make_eval_envs(args)  # worker processes are forked before torch starts threads or CUDA
-    device = select_device(args)
+    device = setup_torch(args)
     directory = Path(args.evaluate)
     state = read_checkpoint(directory)
-    run = Run(dataclasses.replace(args, buffer_size=args.num_envs), task, device)
+    run = Run(dataclasses.replace(args, buffer_size=args.num_envs), task, device)  # no replay data is needed
     run.global_step = state["global_step"]
-    say(f"evaluating {directory} at step {run.global_step}, on {device}")
+    print_line(f"evaluating {directory} at step {run.global_step}, on {device}")
     try:
         run.model.load_state_dict(state["model"])
     except RuntimeError as e:
@@ -2295,22 +2354,22 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
     """Start or resume a run. Returns the exit code."""
     envs = Envs(args, args.num_envs)  # worker processes are forked before torch starts threads or CUDA
     eval_envs = make_eval_envs(args) if args.eval_freq else None
-    device = select_device(args)
+    device = setup_torch(args)
     if device.type == "cpu" and args.preset == "full":
-        say("no GPU: a full-size run takes days on a CPU; --preset small is made for one")
+        print_line("no GPU found: a full-size run takes days on a CPU; --preset small is made for one")
     directory, state = open_run_directory(args)
-    say(f"{directory}, on {device}")
+    print_line(f"{directory}, on {device}")
     run = Run(args, task, device)
     if state:
         restore_run(run, state)
         del state  # it holds a copy of the replay buffer
-        say(f"resuming at step {run.global_step}")
-    start_episodes(run, envs)
-    log = Log(directory, args, run.global_step)
-    monitor = Monitor(run, eval_envs, log, stop_signals, directory)
+        print_line(f"resuming at step {run.global_step}")
+    start_run_episodes(run, envs)
+    log = MetricsLogger(directory, args, run.global_step)
+    controller = RunController(run, eval_envs, log, stop_signals, directory)
     try:
         with profile(directory / "trace.json") if args.profile else contextlib.nullcontext():
-            return train(run, envs, monitor)
+            return train(run, envs, controller)
     except Exception as e:
         return explain_failure(run, e, stop_signals)
 
@@ -2330,15 +2389,20 @@ def explain_failure(run: Run, error: Exception, stop_signals: list[int]) -> int:
         raise type(error)(f"step {run.global_step}: {error}") from error
     if not stop_signals:
         raise error
-    say(f"warning: {describe(error)}", sys.stderr)  # for example, the signal also interrupted a compiler process
+    print_line(f"warning: {describe(error)}", sys.stderr)  # for example, the signal also interrupted a compiler process
     return EXIT_RESUMABLE  # the run resumes from the last checkpoint
 
 
 def select_renderer() -> None:
     """Let MuJoCo render without a display. Must be called before MuJoCo is imported."""
-    if not {"MUJOCO_GL", "DISPLAY"} & set(os.environ):
+    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
         found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
         os.environ["MUJOCO_GL"] = found[0].lower() if found else "disable"
+
+
+def print_error(error: Exception | str) -> None:
+    """Print an error in one line."""
+    print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2350,13 +2414,19 @@ def main(argv: list[str] | None = None) -> int:
             select_renderer()
         args, task = resolve_args(args)
         stop_signals = catch_stop_signals()
-        say(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
-        return (evaluate_checkpoint if args.evaluate else run_training)(args, task, stop_signals)
-    except (UsageError, RunError, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
-            e = "out of memory; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
-        print(f"{Path(__file__).name}: error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
+        print_line(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
+        if args.evaluate:
+            return evaluate_checkpoint(args, task, stop_signals)
+        return run_training(args, task, stop_signals)
+    except UsageError as e:
+        print_error(e)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print_error("out of memory; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size")
+        return 1
+    except (RunError, OSError) as e:
+        print_error(e)
+        return 1
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()

@@ -65,12 +65,13 @@ def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
 
 
 def make_batch(args, task=TASK, seed=0, script=bmpc):
-    """A batch of noise, with an expert for each policy."""
+    """A batch of noise. With two policies, their experts are side by side."""
     rng, T, B, A = generator(seed), args.horizon, args.batch_size, task.action_dim
     normal = lambda *shape: torch.randn(shape, generator=rng)
-    expert = []
+    means, stds = [], []
     for _ in range(1 + getattr(args, "dual_policy_enabled", False)):
-        expert += [normal(T, B, A).clamp(-1, 1), 0.05 + torch.rand(T, B, A, generator=rng)]
+        means.append(normal(T, B, A).clamp(-1, 1))
+        stds.append(0.05 + torch.rand(T, B, A, generator=rng))
     obs = normal(T + 1, B, task.obs_dim)
     return bmpc.Batch(
         obs=obs[:T],
@@ -78,14 +79,15 @@ def make_batch(args, task=TASK, seed=0, script=bmpc):
         action=normal(T, B, A).clamp(-1, 1),
         reward=3 * normal(T, B),
         terminated=(torch.rand(T, B, generator=rng) < 0.3) * 1.0,
-        expert=script.Expert(*expert),
+        expert=script.Expert(torch.cat(means, -1), torch.cat(stds, -1)),
         index=torch.arange(T * B).view(T, B),
     )
 
 
 def stack_expert(expert):
-    """The parts of an expert as one tensor, (..., 2, A), with two policies (..., 4, A)."""
-    return torch.stack([part for part in expert if part is not None], -2)
+    """The mean and std of each policy's expert as one tensor, (..., 2 x policies, A)."""
+    parts = [part.split(TASK.action_dim, -1) for part in expert]  # means, stds
+    return torch.stack([x for policy in zip(*parts) for x in policy], -2)
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ class FakeEnvs:
         columns = [np.arange(self.num_envs), self.step, self.seed / 2**32, np.ones(self.num_envs)]
         return np.stack(columns, 1).astype(np.float32)
 
-    def reset(self, mask, episodes, obs=0.0):
+    def start_episodes(self, mask, episodes, obs):
         seeds = [bmpc.derive_seed(self.own, *name) for name in episodes]
         for i in np.flatnonzero(mask):
             self.step[i], self.seed[i] = 0, seeds[i]
@@ -150,7 +152,7 @@ class FakePlanner:
         self.coefs += coef
         n = self.states + torch.arange(float(S))[:, None].expand(-1, A)
         self.states += S
-        new, report = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100, [torch.zeros(S, 3)] * len(coef)
+        new, report = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100, [torch.zeros(S)] * (3 * len(coef))
         self.answers.append(self.script.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0], *report))
         return self.answers[-1]
 
@@ -159,15 +161,15 @@ def start(args, envs, functions=None, script=bmpc):
     """A run on fake environments, before its first decision."""
     run = script.Run(args, TASK, CPU)
     run.functions = functions or script.Functions()
-    script.start_episodes(run, envs)
+    script.start_run_episodes(run, envs)
     return run
 
 
 def train(run, envs, directory, eval_envs=None, script=bmpc):
     """The whole of this run; what it writes is in the directory."""
     directory.mkdir(exist_ok=True)
-    log = script.Log(directory, run.args, run.global_step)
-    assert script.train(run, envs, script.Monitor(run, eval_envs, log, [], directory)) == 0
+    log = script.MetricsLogger(directory, run.args, run.global_step)
+    assert script.train(run, envs, script.RunController(run, eval_envs, log, [], directory)) == 0
     log.flush()
 
 

@@ -150,7 +150,7 @@ def main(argv=None):
     if options.device == "cuda" and not torch.cuda.is_available():
         said("no GPU on this machine: tests/gpu.py measures nothing")
         return 1
-    device = bmpc.select_device(bmpc.Args(device=options.device))
+    device = bmpc.setup_torch(bmpc.Args(device=options.device))
     card = torch.cuda.get_device_properties(0) if device.type == "cuda" else None
     who = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}" if card else platform.machine()
     said(f"{who}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")

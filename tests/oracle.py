@@ -239,7 +239,8 @@ class Learner:
             if len(drawn_from) > 1:
                 parts["kl_between_policies"] = kl_divergence(drawn_from[1], drawn_from[0]).mean()
             for k, (name, policy, ema) in enumerate(self.policies):
-                expert = batch.expert[2 * k : 2 * k + 2]
+                A = policy.layers[-1].bias.shape[-1] // 2
+                expert = [x[..., k * A : (k + 1) * A] for x in batch.expert]
                 one, self.scales[k], more = policy_loss(policy, ema, self.scales[k], z, expert, args)
                 loss, parts = loss + one, parts | {name + key: value for key, value in more.items()}
                 follow += [(ema, policy, args.policy_ema_tau)] * (ema is not None)

@@ -38,4 +38,4 @@ def plan(model, policy, obs, mean, draws, args, coef=None):
         return fields
     spread = spread.gather(1, elite)
     share = abs(coef * spread) / (abs(coef * spread) + abs(best - coef * spread))
-    return [*fields, torch.stack([spread, share, (elite < P) * 1.0], 2).mean(1)]
+    return [*fields, spread.mean(1), share.mean(1), ((elite < P) * 1.0).mean(1)]

@@ -111,7 +111,7 @@ FIELDS = [field.name for field in bmpc.dataclasses.fields(bmpc.Args)]
 def test_any_other_command_line_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     try:
-        bmpc.select_device(bmpc.resolve_args(bmpc.parse_args(BASE + runs.words(changes)))[0])
+        bmpc.setup_torch(bmpc.resolve_args(bmpc.parse_args(BASE + runs.words(changes)))[0])
     except bmpc.UsageError as refusal:
         assert "\n" not in str(refusal), changes
     except SystemExit as end:

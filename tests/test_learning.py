@@ -203,7 +203,7 @@ def written_out(model, args, envs, planner, warm_up):
         slow.update(found, drawn, pretraining)
         did.append("pretraining" if pretraining else "renewed" if renews else "learning")
 
-    obs = envs.reset(np.ones(E, bool), [(i, 0) for i in range(E)])
+    obs = envs.start_episodes(np.ones(E, bool), [(i, 0) for i in range(E)], np.zeros((E, 4), np.float32))
     episodes, begun = [[] for _ in range(E)], [1] * E
     for step in range(0, args.total_timesteps, E):
         place.global_step = step
@@ -228,7 +228,8 @@ def written_out(model, args, envs, planner, warm_up):
             windows += [episode[-T:]] * (len(episode) >= T)
         obs = next_obs
         for i in np.flatnonzero(terminated | truncated):
-            obs, episodes[i], begun[i] = envs.reset(np.arange(E) == i, list(enumerate(begun)), obs), [], begun[i] + 1
+            obs = envs.start_episodes(np.arange(E) == i, list(enumerate(begun)), obs)
+            episodes[i], begun[i] = [], begun[i] + 1
     return slow, rows, did
 
 
@@ -327,6 +328,6 @@ def test_the_agent_learns_to_follow_a_target_by_planning_and_by_imitation(tmp_pa
         num_samples=48, num_elites=8, num_pi_trajs=8, mlp_dim=32, enc_dim=32, eval_episodes=4,
     )  # fmt: skip
     run = run_loop(args, Follow([10] * 4), tmp_path)
-    play = lambda planning: bmpc.run_episodes(run, Follow([10] * 4), planning, [], []).mean() / 10
+    play = lambda planning: bmpc.run_episodes(run, Follow([10] * 4), planning, [])[0].mean() / 10
     planner, policy = play(True), play(False)
     assert planner > 0.75 and policy > 0.75, (planner, policy)

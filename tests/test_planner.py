@@ -116,7 +116,7 @@ def play(args, envs, planner, step=0):
     """The returns of an evaluation with the planner."""
     run = start(args, FakeEnvs([9] * args.num_envs), bmpc.Functions(plan=planner))
     run.model, run.global_step = make_model(args), step
-    return bmpc.run_episodes(run, envs, True, [], [])
+    return bmpc.run_episodes(run, envs, True, [])[0]
 
 
 @pytest.mark.parametrize("drawn, part", [(False, "best_action"), (True, "elite_action")])
@@ -146,9 +146,9 @@ def test_an_evaluation_is_a_function_of_the_seed_and_the_step():
 
 def test_an_evaluation_that_is_asked_to_stop_is_abandoned_and_its_film_is_episode_0s(tmp_path):
     args, stop = small_args(eval_episodes=3, capture_video=True), []
-    run, film = start(args, FakeEnvs([9, 9]), bmpc.Functions(plan=FakePlanner())), []
-    assert len(bmpc.run_episodes(run, FakeEnvs([5, 7]), True, stop, film)) == 3
-    assert len(film) == 5
+    run = start(args, FakeEnvs([9, 9]), bmpc.Functions(plan=FakePlanner()))
+    returns, frames = bmpc.run_episodes(run, FakeEnvs([5, 7]), True, stop)
+    assert len(returns) == 3 and len(frames) == 5
     stop.append(15)
-    assert bmpc.run_episodes(run, FakeEnvs([5, 7]), True, stop, film) is None
+    assert bmpc.run_episodes(run, FakeEnvs([5, 7]), True, stop) is None
     assert bmpc.evaluate(run, FakeEnvs([5, 7]), stop, tmp_path / "video.mp4") is None and not list(tmp_path.iterdir())

@@ -101,7 +101,7 @@ LATE = [
     ("strike", "SIGKILL", "run_planner", 9, "evaluate"),
     ("strike", "SIGKILL", "policy_gaussian", 65, "evaluate"),  # with the policy alone
     ("strike", "SIGKILL", "os.replace", 3, "save_checkpoint"),  # episodes are half played in the checkpoint before
-    ("strike", "SIGKILL", "Envs.step_wait", 3, "start_episodes"),  # while it resumes
+    ("strike", "SIGKILL", "Envs.step_wait", 3, "start_run_episodes"),  # while it resumes
     ("strike", "SIGKILL", "write_json", 3),  # all is done but finished.json
 ]
 SIBLINGS = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "make_expert", 9, "reanalyze")]
@@ -137,7 +137,7 @@ ASKED = [
     ("SIGTERM", "Envs.step_wait", 5, "evaluate"),
     ("SIGINT", "Envs.step_wait", 25, "evaluate"),  # with the policy alone
     ("SIGUSR1", "save_checkpoint", 1),
-    ("SIGTERM", "derive_seed", 1, "start_episodes"),
+    ("SIGTERM", "derive_seed", 1, "start_run_episodes"),
 ]
 
 

@@ -108,11 +108,11 @@ def test_environment_i_episode_k_is_the_same_whoever_ran_before(task, repeat):
     seen = []
     for num_envs, place, history in ((1, 0, 0), (3, 1, 5), (2, 1, 2)):
         envs = bmpc.Envs(args, num_envs)
-        envs.reset(np.ones(num_envs, bool), [(i, 3) for i in range(num_envs)])
+        obs = envs.start_episodes(np.ones(num_envs, bool), [(i, 3) for i in range(num_envs)], np.zeros((num_envs, 1)))
         for k in range(history):
             envs.step_async(-actions[k, :num_envs])
             envs.step_wait()
-        obs = envs.reset(np.arange(num_envs) == place, [(1, 4)] * num_envs)
+        obs = envs.start_episodes(np.arange(num_envs) == place, [(1, 4)] * num_envs, obs)
         trajectory = [obs[place].copy()]
         for k in range(8):
             sent = np.array(actions[k, :num_envs])
@@ -169,7 +169,7 @@ def test_whenever_a_signal_comes_exit_code_75_says_that_the_checkpoint_is_of_thi
     while not codes or codes[-1] == bmpc.EXIT_RESUMABLE:
         envs, eval_envs, directory = FakeEnvs([5, 7]), FakeEnvs([3]), tmp_path / str(len(codes))
         run, _ = start(args, envs), directory.mkdir()
-        log, stop_signals = bmpc.Log(directory, args, 0), Late(len(codes))
-        codes += [bmpc.train(run, envs, bmpc.Monitor(run, eval_envs, log, stop_signals, directory))]
+        log, stop_signals = bmpc.MetricsLogger(directory, args, 0), Late(len(codes))
+        codes += [bmpc.train(run, envs, bmpc.RunController(run, eval_envs, log, stop_signals, directory))]
         assert same(bmpc.read_checkpoint(directory), bmpc.checkpoint_contents(run))
     assert codes[-1] == 0 and len(codes) > 14 // 2 + 6

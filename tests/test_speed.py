@@ -92,7 +92,7 @@ def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 page_faults()
 before = page_faults()
-bmpc.select_device(bmpc.Args(device="cpu"))
+bmpc.setup_torch(bmpc.Args(device="cpu"))
 page_faults()
 print(before, page_faults())
 """
@@ -236,7 +236,7 @@ def test_what_a_replay_returns_is_kept_before_the_next():
 
     args = small_args()
     given = None, None, torch.zeros(6, 4), torch.zeros(6, 3, 2), generator(), args
-    once = lambda: bmpc.run_planner(bmpc.keep_outputs(replayed), *given)
+    once = lambda: bmpc.run_planner(bmpc.clone_outputs(replayed), *given)
     first, second = once(), once()
     assert [set(x.flatten().tolist()) for x in (*first, *second)] == [{1.0}] * 6 + [{2.0}] * 6
 

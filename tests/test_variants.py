@@ -79,11 +79,13 @@ def test_the_pessimistic_policy_evaluates_with_a_coefficient_of_its_own_alone_by
     own = {} if script is bmpc else dict(planner_value_std_coef_eval=3.0)
     run, planner, policies = begun(script, **own)
     model, envs = run.model, FakeEnvs([5, 7])
-    obs = torch.from_numpy(envs.reset(np.ones(2, bool), [("eval", 0), ("eval", 1)]))
-    script.run_episodes(run, envs, False, [], [])
+    obs = torch.from_numpy(
+        envs.start_episodes(np.ones(2, bool), [("eval", 0), ("eval", 1)], np.zeros((2, 4), np.float32))
+    )
+    script.run_episodes(run, envs, False, [])
     assert not planner.answers
     torch.testing.assert_close(torch.from_numpy(envs.sent[0]), torch.tanh(model.policy(model.encoder(obs)))[:, :2])
-    script.run_episodes(run, envs, True, [], [])
+    script.run_episodes(run, envs, True, [])
     assert set(planner.policies) == {policies[0]} and set(planner.coefs) == set(own.values())
 
 
@@ -116,7 +118,7 @@ def test_reanalyze_rewrites_exactly_the_experts_of_the_sampled_rows_each_by_a_pl
     for row in place:
         k = int(found[row, 0, 0])
         assert place[k] == row
-        new = [x[k] for plan in planner.answers for x in (part(plan, mean), plan.std)]
+        new = [torch.cat([part(plan, name)[k] for plan in planner.answers]) for name in (mean, "std")]
         for stored, x in zip(run.buffer.split_rows(wanted).expert, new):
             stored[row] = x
     assert torch.equal(rows, wanted)
@@ -127,7 +129,8 @@ def test_reanalyze_rewrites_exactly_the_experts_of_the_sampled_rows_each_by_a_pl
 def test_scores_are_finite_and_lowest_where_a_return_is_not(coef):
     rewards, values = torch.zeros(2, 1, 4), torch.zeros(3, 2, 1, 4)
     values[0, 1, 0, 1], values[2, 0, 0, 2], values[1, :, 0, 3] = math.nan, math.inf, -math.inf
-    scores = (bmpc_multihead if coef else bmpc).candidate_scores(rewards, values, *coef).view(-1, 4)
+    scores = (bmpc_multihead if coef else bmpc).candidate_scores(rewards, values, *coef)
+    scores = torch.cat(scores) if coef else scores
     assert scores[0].tolist() == [0.0, -1e9, -1e9, -1e9] and scores.isfinite().all()  # and the spread over heads
 
 

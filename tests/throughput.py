@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    bmpc.select_device(bmpc.Args(device=options.device))
+    bmpc.setup_torch(bmpc.Args(device=options.device))
     bench, threads = Bench(options), torch.get_num_threads()
     peak = f"{bench.peak() / 1e9:.0f} GFLOP/s"
     print(f"torch {torch.__version__}, {bench.device}, {threads} threads, peak {peak}, Q = {options.num_q}")
