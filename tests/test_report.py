@@ -6,6 +6,7 @@ And results/: the kept curves are those of the commands beside them, both README
 import csv
 import dataclasses
 import errno
+import functools
 import importlib
 import json
 import math
@@ -171,7 +172,7 @@ def test_a_difference_in_percent_of_the_area_and_of_what_is_learned():
 
 def test_interquartile_mean_and_probability_of_improvement_by_hand():
     """Of eight scores the middle four count; of a task's pairs of seeds those that the configuration wins."""
-    own, base = [np.array([1.0, 2, 3]), np.array([4.0, 5, 6, 7, 80])], [np.array([0.0, 2]), np.array([5.0])]
+    own, base = [np.array([1.0, 2, 3]), np.array([4.0, 5, 6, 20, 80])], [np.array([0.0, 2]), np.array([5.0])]
     assert comparison.interquartile_mean(own) == pytest.approx((3 + 4 + 5 + 6) / 4)
     first, second = (1 + 1.5 + 2) / 6, (0 + 0.5 + 1 + 1 + 1) / 5
     assert comparison.probability_of_improvement(own, base) == pytest.approx((first + second) / 2)
@@ -477,7 +478,7 @@ def test_the_page_and_what_is_exported(lab):
 
 # --- results/
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/runs.json"))
 each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
@@ -512,42 +513,117 @@ def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
         assert again[name] == content or (name.suffix == ".png" and drawn_here not in content), name
 
 
-def test_readme_has_the_answers():
-    """The rows of the report's own summary, behind the sweep's number, without task and seeds, which are the same."""
-    sweeps = report.group_runs(run_files.load_exported(ROOT / "results" / "ablations"))
-    sweeps |= report.group_runs(run_files.load_exported(ROOT / "results" / "3a_combined"))
-    asked = {sweep.split("0_")[-1].split("__")[-1].split("_")[0]: groups for sweep, groups in sweeps.items()}
-    del asked["1"]  # the baseline
-    rows = report.summary(sum((asked[number] for number in sorted(asked)), [])).splitlines()[2:]
-    assert sorted(asked) == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h", "3a"]
-    for number, row in zip(sorted(asked), rows, strict=True):
-        question, *cells, seeds, speed = row.strip("| ").split(" | ")
-        cells = [number, question.removesuffix(" (cartpole-swingup)"), *cells, speed]
-        assert f"\n| {' | '.join(cells)} |\n" in README
-        assert f"{'3a' if number == '3a' else 'seeds'}: {seeds}" in README
+def exported(name):
+    return run_files.load_exported(ROOT / "results" / name)
 
 
-def test_results_readme_tells_whether_more_than_the_updates_helps():
-    """3a beside the strongest of its parts, with the report's statistics."""
-    runs = [
-        *run_files.load_exported(ROOT / "results" / "ablations"),
-        *run_files.load_exported(ROOT / "results" / "3a_combined"),
-    ]
-    measure = report.MEASURES[report.PRIMARY]
-    both, part = (
-        report.by_seed([r for r in runs if r.configuration == c], *measure) for c in ("combined", "utd_ratio_4")
-    )
-    one = report.difference(both, part)
-    estimate, low, high = map(one.percent, (one.apart.mean(), one.low, one.high))
-    assert f"{estimate:+.1f} % [{low:+.1f}, {high:+.1f}], p {one.p:.2f}" in (ROOT / "results/README.md").read_text()
+@functools.cache
+def answers():
+    """By the number of their sweep: the groups of the plan's questions, and that of 3a."""
+    sweeps = comparison.group_runs(exported("ablations")) | comparison.group_runs(exported("3a_combined"))
+    return {sweep.split("0_")[-1].split("__")[-1].split("_")[0]: groups[0] for sweep, groups in sweeps.items()}
+
+
+def of(runs, configuration):
+    return [run for run in runs if run.configuration == configuration]
+
+
+def test_readme_answers_each_question_in_a_sentence():
+    """Its number, one word in bold that is the report's, the highest estimate's configuration, seeds and interval."""
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| [23][a-h] \|", line)]
+    assert [row[0] for row in rows] == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h", "3a"]
+    for number, sentence, seeds, difference in rows:
+        found = answers()[number].differences[PRIMARY]
+        name, best = max(found.items(), key=lambda item: item[1].interval[0])
+        assert [best.verdict] == re.findall(r"\*\*(.+?)\*\*", sentence) and f"`{name}`" in sentence, sentence
+        assert seeds == f"{len(best.values)}, baseline {len(best.base)}" and difference == best.of_area, sentence
+        others = {one.verdict for other, one in found.items() if other != name}
+        assert others <= {"not resolved"}  # else the sentence has to say so
+
+
+def test_a_family_has_22_comparisons_and_the_repetition_of_the_baseline_is_a_check():
+    differences = [one for group in answers().values() for one in group.differences[PRIMARY]]
+    assert len(differences) == 22 + 1 and comparison.REPEATED_BASELINE not in differences  # 3a's is the other
+    (line,) = report.repetition_check(answers()["2c"])
+    assert line.endswith("seeds 1, 2, 3, 4, 5, 6, 7, 8 are equal to the baseline's bit for bit.")
+
+
+def results_readme():
+    return re.sub(r"\s+", " ", (ROOT / "results" / "README.md").read_text(encoding="utf-8"))
+
+
+def test_results_readme_has_the_numbers_of_the_plan_s_questions():
+    text, utd, dual = results_readme(), *(answers()[n].differences[PRIMARY] for n in ("2a", "2h"))
+    percent = lambda one: one.of_area.replace(" ", " % ", 1)
+    one = utd["utd_ratio_4"]
+    assert f"{percent(one)} of the baseline's area, p {one.p:.2g}." in text
+    assert f"({one.base.mean() - one.learned:.0f} of {one.base.mean():.0f})" in text
+    assert f"the difference is {one.of_learned.replace(' ', ' % ', 1)}." in text
+    one = dual["dual_policy"]
+    low, high = one.simultaneous
+    assert f"*depends on the test*: {percent(one)}. Welch's corrected p is {one.p:.2g};" in text
+    assert f"contains 0 ({low:+.1f} to {high:+.1f} in return)" in text
+    low, high = utd["utd_ratio_2"].simultaneous
+    assert low > 0 and 1.9 < utd["utd_ratio_2"].values.std(ddof=1) / utd["utd_ratio_2"].base.std(ddof=1) < 2.1
+    excluding = [one for one in answers()["2b"].differences[PRIMARY].values() if one.low > 0]
+    assert len(excluding) == 2 and min(one.p for one in excluding) > 0.05
+    assert f"{percent(answers()['3a'].differences[PRIMARY]['combined'])} for ten against ten." in text
+    runs = [*exported("ablations"), *exported("3a_combined")]
+    for own, base, form in (
+        ("combined", "utd_ratio_4", "it is {}, p {:.2f}:"),
+        ("dual_policy", "std_coef_1__local_bootstrap_on", "the second policy adds {}, p {:.2f}."),
+    ):
+        one = comparison.welch(*(comparison.measured(of(runs, c), *comparison.MEASURES[PRIMARY]) for c in (own, base)))
+        assert form.format(percent(one), one.p) in text
+
+
+def test_both_readmes_say_what_equal_compute_gives():
+    """After as many updates as the baseline makes, `utd_ratio_4` has made a quarter of its decisions."""
+    runs, _ = comparison.over_axis(exported("ablations"), "updates")
+    own, base = of(runs, "utd_ratio_4"), of(runs, "baseline")
+    assert {run.curve()[-1, 0] for run in own + base} == {10_000}
+    at_end = [np.mean([run.curve()[-1, 1] for run in side]) for side in (own, base)]
+    one = comparison.welch(*(comparison.measured(side, comparison.area_under_curve) for side in (own, base)))
+    share = f"{-one.percent(one.interval[0]):.0f} % lower"
+    assert "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end) in results_readme()
+    assert f"{share} ({one.of_area.replace(' ', ' % ', 1)})" in results_readme()
+    readme = re.sub(r"\s+", " ", README)
+    assert "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end) in readme and share in readme
+
+
+def test_both_readmes_say_how_wide_parity_is():
+    """The authors' three seeds of walker-walk stand in results/README.md; ours are kept."""
+    text = results_readme()
+    (listed,) = re.findall(r"walker-walk (\d+\.\d) and \d+\.\d, (\d+\.\d) and \d+\.\d, (\d+\.\d) and", text)
+    theirs = np.array([float(value) for value in listed])
+    for name in ("parity", "baseline"):
+        runs = [run for run in exported(name) if run.task == "walker-walk"]
+        one = comparison.welch(comparison.measured(runs, comparison.final_return), theirs)
+        sentence = "{:+.1f} with a 95 % interval of [{:+.1f}, {:+.1f}]".format(*one.interval)
+        assert report.spread(one.values) in text and (sentence if name == "parity" else f"{one} to their three") in text
+        assert name != "parity" or sentence in re.sub(r"\s+", " ", README)
+    for task, name in (("cartpole-swingup", "parity"), ("cartpole-swingup", "baseline"), ("finger-spin", "baseline")):
+        ours = comparison.measured([run for run in exported(name) if run.task == task], comparison.final_return)
+        half = comparison.half_interval(ours) * math.sqrt(len(ours) + 1)  # of a further seed
+        assert f"{ours.mean():.1f} ± {half:.1f}" in text and report.spread(ours) in text
+
+
+def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
+    runs = exported("ablations")
+    twin, base = of(runs, comparison.REPEATED_BASELINE), of(runs, "baseline")
+    sides = (base, [run for run in base if run.seed <= 8])
+    total, same_seeds = (run_files.speeds(twin).mean() / run_files.speeds(side).mean() for side in sides)
+    assert f"ran at × {total:.2f} of its decisions a second" in results_readme()
+    assert f"× {same_seeds:.2f} of those of its own eight seeds" in results_readme()
+    assert comparison.relative_speed(twin, base) == ""
 
 
 def test_readme_has_the_table():
     """Mean of the last three evaluations over seeds, with t-intervals: planner, policy alone, and their difference."""
     for folder in ("baseline", "dog_run"):
-        (groups,) = report.group_runs(run_files.load_exported(ROOT / "results" / folder)).values()
+        (groups,) = comparison.group_runs(exported(folder)).values()
         for group in groups:
-            planner = report.measured(group.runs, report.final_return)
-            policy = report.measured(group.runs, report.final_return, report.POLICY)
+            planner = comparison.measured(group.runs, comparison.final_return)
+            policy = comparison.measured(group.runs, comparison.final_return, POLICY)
             cells = [group.task, str(len(planner)), *map(report.spread, (planner, policy, planner - policy))]
             assert f"| {' | '.join(cells)} |" in README
