@@ -171,6 +171,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        """Return the answer by p; Dunnett's interval can only weaken it."""
         if not self.p <= 0.05:
             return "not resolved"
         if self.simultaneous[0] <= 0 <= self.simultaneous[1]:

@@ -17,12 +17,13 @@ import numpy as np
 PLANNER, POLICY = "eval/episodic_return", "eval/policy_episodic_return"
 TRAINING, SPEED = "charts/episodic_return", "charts/SPS"
 AXES = {"decisions": "", "updates": "charts/updates", "seconds": "charts/training_seconds"}  # tag of the x axis
-COLUMNS = {"planner_return": PLANNER, "policy_return": POLICY} | {
+COLUMNS = {  # of an exported CSV -> tag
+    "planner_return": PLANNER,
+    "policy_return": POLICY,
     "updates": AXES["updates"],
     "training_seconds": AXES["seconds"],
-}  # of an exported CSV
+}
 RUN_FIELDS = ("steps", "sweep", "baseline", "configuration", "seed", "question", "command")  # exported to runs.json
-REPEATED_BASELINE = "chosen_action_on__from_behavior_on"  # sweep 2c's configuration that has the baseline's flags
 SIZE_FIELDS = ("model_size", "enc_dim", "mlp_dim", "latent_dim", "num_q")
 FULL_SIZE = dict(zip(SIZE_FIELDS, (5, 256, 512, 512, 5), strict=True))
 UPDATE_FIELDS = {"learning_starts": 2500, "utd_ratio": 1, "num_envs": 4}  # the scripts' defaults
@@ -159,6 +160,8 @@ def read_metrics(file: Path, finished: bool, problems: list[str]) -> dict[str, n
     for number, line in enumerate(lines[:-1], 1):
         try:
             step, _env_steps, tag, value = line.split(",")
+            if not tag.isprintable():  # NULs, for example
+                raise ValueError(tag)
             if number > 1:
                 points.setdefault(tag, []).append((float(step), float(value)))
         except ValueError:

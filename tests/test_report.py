@@ -380,6 +380,7 @@ def test_metrics_are_read_as_they_stand(tmp_path):
     [
         ("metrics.csv", HEADER.encode() + b"0,0,a,1\n" + b"\0" * 30 + b"\n10,20,a,2\n"),
         ("metrics.csv", HEADER.encode() + b"0,0,a,1\n10,20\n20,40,a,2\n"),
+        ("metrics.csv", HEADER.encode() + b"0,0,\0\0,1\n"),
         ("metrics.csv", HEADER.encode() + b"0,0,a,1\n10,20,a,"),
         ("metrics.csv", b"\xff\xfe"),
         ("versions.json", b""),
