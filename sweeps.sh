@@ -55,7 +55,7 @@ run() {
   shift 2
   task=$(flag_value 'task|env[-_]id' "${common_flags[@]}" "$@" "${extra_flags[@]}")
   steps=$(flag_value 'steps|total[-_]timesteps' "${common_flags[@]}" "$@" "${extra_flags[@]}")
-  steps=${steps//_/}
+  steps=${steps//_/}  # the scripts read 200_000, too
   [[ $task && $steps =~ ^[0-9]+$ ]] || die "$sweep: each run needs --task and --steps, a whole number"
   ((${#seed_list[@]})) || die "$sweep has no seeds; add the line 'seeds 1 2' to its sweep.sh, or use --seeds 1,2"
   directory_prefix=runs/$(directory_task_name "$task")__$(basename "$script" .py)
@@ -122,7 +122,7 @@ directory_task_name() {  # TASK
 # Pass the records to report.py: it prints the status table or the records of unfinished runs, or writes the report.
 report() { printf '%s\n' "${records[@]}" | "$python" "$sweep_list/report.py" "$@"; }
 
-# Print a line, or discard it if the terminal or pipe behind standard output is closed: the runs matter more.
+# Print a line. It is discarded if the terminal or pipe behind standard output is closed, which must not end the runs.
 say() { { echo "$1"; } 2>/dev/null || true; }
 
 # Start or resume the run of a record, and wait for its end. The exit code is appended to the log: --status reads it.
@@ -158,8 +158,8 @@ execute_run() {  # RECORD
   return "$exit_code"
 }
 
-# Execute the unfinished runs on this machine, `jobs` at a time. Each has its own process group: Ctrl-C in a terminal
-# reaches only this script, which stops the runs and waits for them.
+# Execute the unfinished runs on this machine, `jobs` at a time. Each has its own process group, so that Ctrl-C in a
+# terminal reaches only this script, which stops the runs and waits for them.
 run_here() {
   local record slot slot_pids=() jobs stopped='' status exit_code=0
   jobs=${SWEEPS_JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}

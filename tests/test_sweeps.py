@@ -43,6 +43,7 @@ PLAN = {
     "2h_exploration": ("bmpc_dual_policy", DUAL),
 }
 SHORT = ["--", "--steps", "20"]
+TIMEOUT = 300  # seconds after which a command counts as hanging
 
 
 def environment(**changes):
@@ -72,7 +73,7 @@ class Lab:
         return how(command, cwd=self.cwd, env=environment(**variables), preexec_fn=preexec_fn, **options)
 
     def run(self, *arguments, **variables):
-        return self.start(*arguments, how=functools.partial(subprocess.run, timeout=120), **variables)
+        return self.start(*arguments, how=functools.partial(subprocess.run, timeout=TIMEOUT), **variables)
 
     def dry_run(self, *arguments, **variables):
         done = self.run("--dry-run", *arguments, **variables)
@@ -346,7 +347,7 @@ def test_names_that_a_message_offers_are_sweeps(lab):
         done = lab.run(name)
         check_message(done, OTHER_MESSAGES[message])
         offered = done.stderr.split(": ")[-1].split()
-        assert len(offered) >= 7 and len(lab.dry_run(*offered)) >= 15 * 7
+        assert len(offered) >= 7 and len(lab.dry_run(*offered, "--seeds", "1")) >= 7
     folder = lab.add_sweep("run bmpc.py one", name="2a_utd", group="9_mine")
     done = lab.run("2a_utd")
     check_message(done, OTHER_MESSAGES["duplicate"])
@@ -448,7 +449,7 @@ def test_a_signal_stops_each_run_once_and_loses_nothing(lab, send, number, jobs)
     process = lab.start("2a", "--jobs", jobs, *SHORT, FAKE_GATE=lab.cwd / "gate")
     stopped = lab.wait_at_gate(jobs)
     send(process.pid, number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75
     assert out.count("stopped ") == jobs and out.endswith("4 runs: 0 done, 0 running, 0 failed, 4 waiting\n")
     assert lab.runs == stopped, "no further run was started"
@@ -475,7 +476,7 @@ def test_runs_are_stopped_when_the_output_is_closed(lab, event):
         process.stdout.close()
         process.stderr.close()
         os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=TIMEOUT) == 75
     assert [(run / "signals").read_text() for run in stopped] == ["SIGTERM\n"] * 2
     logs = [log.read_text() for log in lab.cwd.glob("runs/logs/*.log")]
     assert len(logs) == 2 and all(log.endswith("== exit code 75\n") for log in logs)
@@ -489,7 +490,7 @@ def test_nohup_runs_survive_the_terminal(lab):
     for run in lab.runs:
         os.kill(starts(run)[0]["pid"], signal.SIGHUP)
     (lab.cwd / "gate").touch()
-    assert process.communicate(timeout=60)[0].endswith("2 runs: 2 done, 0 running, 0 failed, 0 waiting\n")
+    assert process.communicate(timeout=TIMEOUT)[0].endswith("2 runs: 2 done, 0 running, 0 failed, 0 waiting\n")
     assert process.returncode == 0
 
 
@@ -498,7 +499,7 @@ def test_a_run_stopped_before_its_signal_handlers_exist_is_not_failed(lab):
     process = lab.start("2d", *SHORT)
     patiently(lambda: any("begun" in log.read_text() for log in lab.cwd.glob("runs/logs/*.log")), lab)
     process.terminate()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75 and "2 runs: 0 done, 0 running, 0 failed, 2 waiting" in out
 
 
@@ -511,7 +512,7 @@ def test_two_invocations_share_the_runs(lab):
     assert second.returncode == 75 and second.stdout.count("in use ") == 2
     assert second.stdout.endswith("4 runs: 2 done, 2 running, 0 failed, 0 waiting\n")
     (lab.cwd / "gate").touch()
-    out, _ = first.communicate(timeout=60)
+    out, _ = first.communicate(timeout=TIMEOUT)
     assert first.returncode == 0 and out.count("done ") == 4 and [len(starts(run)) for run in lab.runs] == [1] * 4
     messages = ("} is in use by another process", "} holds a finished run")  # by which sweeps.sh recognises them
     assert all(message in (ROOT / f"{script}.py").read_text() for message in messages for script in SCRIPTS)
@@ -524,7 +525,7 @@ def test_jobs_share_gpus_and_threads(lab):
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [start["OMP_NUM_THREADS"] for start in begun] == [threads] * 2
     (lab.cwd / "gate").touch()
-    process.communicate(timeout=60)
+    process.communicate(timeout=TIMEOUT)
     assert lab.run("2d", "--jobs", "2", *SHORT, OMP_NUM_THREADS=5).returncode == 0
     begun = [starts(run)[0] for run in lab.cwd.glob("runs/*2d*")]
     assert [(start["OMP_NUM_THREADS"], start["CUDA_VISIBLE_DEVICES"]) for start in begun] == [("5", None)] * 2
