@@ -59,6 +59,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -68,6 +69,9 @@ from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeVar, get_args, get_type_hints
+
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin while they wait are ruinous on a CPU that is not idle
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # is read when torch is imported
 
 import gymnasium as gym
 import numpy as np
@@ -741,11 +745,13 @@ def plan(
     noise: PlanNoise,
     args: Args,
     std_coef: float,  # [V4]
+    iterate: Callable = mppi_iteration,
 ) -> Plan:
     """Plan for S states at once with MPPI (TD-MPC2), where the policy proposes some of the candidates.
 
     Acting, evaluation and reanalyze all use this function.
-    obs: (S, O); prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
+    obs: (S, O); prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros; iterate:
+    mppi_iteration, compiled or not.
     std_coef: weight of the disagreement of the heads in the scores [V4].
     """
     # Candidates from the policy: they stay the same in all iterations, so they are scored once
@@ -766,7 +772,7 @@ def plan(
     mean = prev_mean
     std = torch.full_like(mean, args.max_std)
     for eps in noise.candidates.unbind(1):
-        mean, std, elites, elite_scores, weights, elite_stds, is_from_policy = mppi_iteration(  # [V3]
+        mean, std, elites, elite_scores, weights, elite_stds, is_from_policy = iterate(  # [V3]
             model,
             z,
             mean,
@@ -1955,15 +1961,25 @@ def make_functions(args: Args, device: torch.device) -> Functions:
     if device.type == "cuda":
         plan_fn = clone_outputs(functions.plan)
         return functions._replace(plan=plan_fn, world_model_loss=start_graph_step(functions.world_model_loss))
+    return functions._replace(plan=plan_in_chunks(functions.plan, functools.partial(chunk_size, args=args)))
+
+
+def chunk_size(num_states: int, args: Args) -> int:
+    """Return how many of num_states states to plan at once on a CPU, in chunks of equal size.
+
+    With four environments or more, it depends on their number only, so that acting, evaluation and reanalyze share one
+    compiled function. With fewer, reanalyze would be slower in such small chunks.
+    """
     max_states = max(1, CPU_CHUNK_ROLLOUTS // planner_rollouts_per_state(args))
-    return functions._replace(plan=plan_in_chunks(functions.plan, max_states))
+    if args.num_envs >= 4:
+        num_states = args.num_envs
+    return math.ceil(num_states / math.ceil(num_states / max_states))
 
 
 def compile_functions(args: Args, device: torch.device) -> Functions:
     """Apply torch.compile to all functions. Compilation itself happens at their first calls."""
-    print_line("looking for a compiler ...")
     try:
-        with warnings.catch_warnings(action="ignore"):  # deprecations inside torch
+        with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # torch warns of itself
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as e:
         print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
@@ -1976,15 +1992,37 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "comprehensive_padding": False,  # padded outputs would be copied, in a launch each
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
-    eager = Functions()
-    return Functions(*(torch.compile(f, fullgraph=True, dynamic=False, options=options) for f in eager))
+    compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+    functions = Functions(*map(compile_fn, Functions()))
+    if on_cuda:
+        return functions
+    # On a CPU, only the iterations of a plan are worth the time that compiling takes
+    return functions._replace(plan=functools.partial(plan, iterate=compile_fn(mppi_iteration)))
+
+
+@contextlib.contextmanager
+def announce(activity: str) -> Iterator[None]:
+    """Print what is being done, and every ten seconds for how long, until it is finished."""
+    print_line(f"{activity} ...")
+    start = time.perf_counter()
+    finished = threading.Event()
+
+    def report() -> None:
+        while not finished.wait(10):
+            print_line(f"{activity}: {time.perf_counter() - start:.0f} s")
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
 
 
 class CompileTimer:
-    """Report compilations and measure the seconds they take."""
+    """Reports compilations and measures how long they take."""
 
     seconds = 0.0
-    started: float | None = None
+    number = 0
 
     @classmethod
     def install(cls) -> None:
@@ -1995,27 +2033,36 @@ class CompileTimer:
 
     @classmethod
     def on_start(cls, _: Any) -> None:
-        print_line("compiling ...")
-        cls.started = time.perf_counter()
+        """Report the start of a compilation."""
+        cls.number += 1
+        cls.start = time.perf_counter()
+        cls.announcement = announce(f"compiling, part {cls.number}")
+        cls.announcement.__enter__()
 
     @classmethod
     def on_end(cls, _: Any) -> None:
-        print_line("compiled")
-        cls.seconds += time.perf_counter() - cls.started
+        """Report the end of a compilation."""
+        cls.announcement.__exit__(None, None, None)
+        seconds = time.perf_counter() - cls.start
+        cls.seconds += seconds
+        print_line(f"compiled, part {cls.number}, in {seconds:.0f} s")
 
 
-def plan_in_chunks(plan_fn: Callable[..., Plan], max_states: int) -> Callable[..., Plan]:
-    """Wrap a plan function so that it plans for at most max_states states at once, whose data fits a CPU's cache."""
+def plan_in_chunks(plan_fn: Callable[..., Plan], chunk_size: Callable[[int], int]) -> Callable[..., Plan]:
+    """Wrap a plan function so that it plans for chunk_size(S) of S states at once. Padding fills the last chunk."""
 
     def chunked_plan(
         model: nn.Module, policy: nn.Module, obs: Tensor, prev_mean: Tensor, noise: PlanNoise, *args: Any
     ) -> Plan:
-        num_chunks = math.ceil(len(obs) / max_states)
-        chunks = zip(*(x.tensor_split(num_chunks) for x in (obs, prev_mean, *noise)), strict=True)
+        num_states = len(obs)
+        size = chunk_size(num_states)
+        padding = -num_states % size
+        inputs = [torch.cat([x, x[-1:].expand(padding, *x.shape[1:])]) for x in (obs, prev_mean, *noise)]
+        chunks = zip(*(x.split(size) for x in inputs), strict=True)
         plans = []
         for chunk_obs, chunk_mean, *chunk_noise in chunks:
             plans.append(plan_fn(model, policy, chunk_obs, chunk_mean, PlanNoise(*chunk_noise), *args))
-        return Plan(*map(torch.cat, zip(*plans, strict=True)))
+        return Plan(*(torch.cat(parts)[:num_states] for parts in zip(*plans, strict=True)))
 
     return chunked_plan
 
@@ -2334,11 +2381,11 @@ def git_commit(directory: Path) -> str | None:
 
 
 class ProgressBar(tqdm):
-    """A progress bar. Without a terminal, it prints a line at most every 30 seconds."""
+    """A progress bar. Without a terminal, it prints a line about every ten seconds."""
 
     def __init__(self, desc: str, total: int | None = None, initial: int = 0):
         self.has_terminal = sys.stderr.isatty()
-        options = {} if self.has_terminal else {"file": open(os.devnull, "w"), "mininterval": 30, "miniters": 1}
+        options = {} if self.has_terminal else {"file": open(os.devnull, "w"), "mininterval": 9, "miniters": 1}
         super().__init__(desc=desc, total=total, initial=initial, leave=False, dynamic_ncols=True, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -2575,8 +2622,9 @@ def catch_stop_signals() -> list[int]:
 
 
 def make_eval_envs(args: Args) -> Envs:
-    """Make the environments of an evaluation."""
-    return Envs(args, min(args.eval_episodes, args.num_envs), args.capture_video)
+    """Make the environments of an evaluation: as few as finish it in the same number of rounds of episodes."""
+    rounds = math.ceil(args.eval_episodes / args.num_envs)
+    return Envs(args, math.ceil(args.eval_episodes / rounds), args.capture_video)
 
 
 def evaluate_checkpoint(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:

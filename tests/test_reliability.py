@@ -215,8 +215,8 @@ def test_compiled_too_a_run_that_is_killed_or_whose_compiler_is_ends_as_if_it_ha
 
     end, run = compiled(whole), compiled(killed, ("strike", "SIGKILL", "reanalyze", 3))
     assert end.code == 0 and run.code == -signal.SIGKILL and gone(run), run
-    told = [line for line in run.said().splitlines() if line.startswith("compil")]
-    assert told and told == ["compiling ...", "compiled"] * (len(told) // 2)
+    told = re.findall(r"^(compiling|compiled), part (\d+)(?: \.\.\.|, in \d+ s)$", run.said(), re.M)
+    assert told and told == [(word, str(n)) for n in range(1, len(told) // 2 + 1) for word in ("compiling", "compiled")]
     run = compiled(killed, what="policy_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")  # not in the cache
     assert run.code == bmpc.EXIT_RESUMABLE and gone(run) and asked.exists(), run
     run = compiled(killed)

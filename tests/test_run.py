@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,16 +142,40 @@ def test_metrics_are_means_over_an_interval_and_what_is_not_finite_is_neither_to
     assert not list(tmp_path.iterdir())
 
 
-def test_where_there_is_no_terminal_a_bar_is_a_plain_line_every_half_minute(capsys):
+def test_without_a_terminal_a_bar_is_a_line_every_ten_seconds(capsys):
     bar = bmpc.ProgressBar("pretraining", 500)
     now = [bar.start_t]
     bar._time = lambda: now[0]
-    for _ in range(400):  # a minute and a third
+    for _ in range(160):  # 32 seconds
         now[0] += 0.2
         bar.update()
     bar.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [re.search(r"(\d+)/500", line)[1] for line in lines] == ["0", "150", "300"], lines
+    assert [int(re.search(r"(\d+)/500", line)[1]) // 10 for line in lines] == [0, 4, 9, 13], lines
+
+
+def test_what_takes_long_reports_its_seconds(capsys, monkeypatch):
+    """Every ten seconds, until it ends."""
+    clock = iter((100.0, 110.2, 120.4))
+    waits = iter((False, False, True))
+    monkeypatch.setattr(bmpc.time, "perf_counter", lambda: next(clock))
+    reported = threading.Event()
+
+    class Finished:
+        def wait(self, seconds):
+            assert seconds == 10
+            ends = next(waits)
+            if ends:
+                reported.set()
+            return ends
+
+        def set(self):
+            pass
+
+    monkeypatch.setattr(bmpc, "threading", SimpleNamespace(Event=Finished, Thread=threading.Thread))
+    with bmpc.announce("compiling"):
+        assert reported.wait(30)
+    assert capsys.readouterr().out.splitlines() == ["compiling ...", "compiling: 10 s", "compiling: 20 s"]
 
 
 class Late(list):
