@@ -28,6 +28,7 @@ def commands(start: str) -> list[str]:
 
 def test_every_command_is_of_a_kind_that_is_tested():
     kinds = ("python bmpc", "python tests/", "python -m pytest tests", "bash sweeps.sh", "pip install", "diff ")
+    kinds += ("python3 -m venv .venv", ". .venv/bin/activate")
     assert [c for c in COMMANDS if not c.startswith(kinds)] == []
 
 
