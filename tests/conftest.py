@@ -1,11 +1,11 @@
-"""What the tests share: small sizes, a model whose every weight matters, and environments without simulators."""
+"""Helpers of the tests: small sizes, models with random weights, and environments without simulators."""
 
 import os
 import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes the tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that the tests start
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -17,7 +17,7 @@ import torch  # noqa: E402
 import bmpc  # noqa: E402
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: what the tests start must hear Ctrl-C too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job, whose processes would inherit this
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CPU = torch.device("cpu")
@@ -31,28 +31,30 @@ SMALL = dict(
 
 
 def small_args(script=bmpc, **changes):
-    """A script's Args as resolve_args leaves them, nothing None that must not be, at sizes a slow oracle can follow."""
-    given = SMALL | changes
+    """Make a script's Args as resolve_args returns them, with sizes that are small enough for the slow oracle."""
+    values = SMALL | changes
     for name in ("horizon", "log_std_min", "log_std_max"):
-        given.setdefault(f"reanalyze_{name}", given.get(name, getattr(bmpc.Args, name)))
-    return script.Args(**given)
+        values.setdefault(f"reanalyze_{name}", values.get(name, getattr(bmpc.Args, name)))
+    return script.Args(**values)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def named(seed=0):
-    """Generators by purpose, as Run.make_generator makes them at one point of a run."""
+def generator_factory(seed=0):
+    """Make a function that makes a generator for a purpose, as Run.make_generator does at one step of a run."""
     return lambda purpose: bmpc.seeded_generator(seed, purpose, device=CPU)
 
 
 def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
-    """A script's world model with large random weights everywhere, zero heads, biases, targets and EMA included.
+    """Make a script's world model with large random weights.
 
-    Where it knows of terminations, it ends half of the episodes at each step.
+    Heads and biases that are initialized with zeros, and the target and EMA networks, get random weights too. If there
+    is a termination head, it predicts the end of half of the episodes at each step.
     """
-    model, rng = script.WorldModel(task, args, generator(seed)), generator(seed + 1)
+    model = script.WorldModel(task, args, generator(seed))
+    rng = generator(seed + 1)
     normal = lambda *shape: torch.randn(shape, generator=rng)
     with torch.no_grad():
         for p in model.parameters():
@@ -65,11 +67,13 @@ def make_model(args, task=TASK, seed=0, std=0.3, script=bmpc):
 
 
 def make_batch(args, task=TASK, seed=0, script=bmpc):
-    """A batch of noise. With two policies, their experts are side by side."""
-    rng, T, B, A = generator(seed), args.horizon, args.batch_size, task.action_dim
+    """Make a batch of random numbers. With two policies, their experts are side by side."""
+    rng = generator(seed)
+    T, B, A = args.horizon, args.batch_size, task.action_dim
+    num_policies = 2 if getattr(args, "dual_policy_enabled", False) else 1
     normal = lambda *shape: torch.randn(shape, generator=rng)
     means, stds = [], []
-    for _ in range(1 + getattr(args, "dual_policy_enabled", False)):
+    for _ in range(num_policies):
         means.append(normal(T, B, A).clamp(-1, 1))
         stds.append(0.05 + torch.rand(T, B, A, generator=rng))
     obs = normal(T + 1, B, task.obs_dim)
@@ -78,37 +82,42 @@ def make_batch(args, task=TASK, seed=0, script=bmpc):
         next_obs=obs[1:],
         action=normal(T, B, A).clamp(-1, 1),
         reward=3 * normal(T, B),
-        terminated=(torch.rand(T, B, generator=rng) < 0.3) * 1.0,
+        terminated=(torch.rand(T, B, generator=rng) < 0.3).to(obs.dtype),
         expert=script.Expert(torch.cat(means, -1), torch.cat(stds, -1)),
         index=torch.arange(T * B).view(T, B),
     )
 
 
 def stack_expert(expert):
-    """The mean and std of each policy's expert as one tensor, (..., 2 x policies, A)."""
-    parts = [part.split(TASK.action_dim, -1) for part in expert]  # means, stds
-    return torch.stack([x for policy in zip(*parts) for x in policy], -2)
+    """Stack mean and std of the expert, or of each policy's expert: (..., 2 x policies, A)."""
+    means, stds = (part.split(TASK.action_dim, -1) for part in expert)
+    return torch.stack([x for mean_and_std in zip(means, stds) for x in mean_and_std], -2)
 
 
 @pytest.fixture
 def double():
-    """Double precision, so that an oracle can be held against the code to many digits."""
+    """Use double precision, so that results can be compared with the oracle's to many digits."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 class FakeEnvs:
-    """bmpc.Envs without processes: environment i's episodes last lengths[i] decisions; an observation names itself.
+    """A replacement for bmpc.Envs without processes. Episodes of environment i have lengths[i] decisions.
 
-    An observation is (environment, step within the episode, the seed's fraction of 2^32, 1), a reward the environment
-    plus an eighth of the step. Episodes of environments in `terminal` end by termination, the others by truncation.
+    An observation is (environment, step of the episode, seed of the episode / 2^32, 1), which identifies it. A reward
+    is environment + step / 8. Episodes of the environments in `terminal` end by termination, the others by truncation.
     """
 
     def __init__(self, lengths, terminal=(), events=None, seed=1):
-        self.num_envs, self.lengths, self.terminal, self.own = len(lengths), lengths, terminal, seed
-        self.step, self.seed = np.zeros(len(lengths), int), np.zeros(len(lengths))
-        self.sent, self.begun = [], []  # actions, and (environment, seed) of every episode
+        self.num_envs = len(lengths)
+        self.lengths = lengths
+        self.terminal = terminal
+        self.run_seed = seed
+        self.step = np.zeros(len(lengths), int)  # of the current episode of each environment
+        self.seed = np.zeros(len(lengths))  # of the current episode of each environment
+        self.sent = []  # the actions of every step
+        self.episode_starts = []  # environment and seed of every episode
         self.events = [] if events is None else events
         self.call = lambda name: [np.zeros((8, 8, 3), np.uint8)] * self.num_envs
 
@@ -116,11 +125,12 @@ class FakeEnvs:
         columns = [np.arange(self.num_envs), self.step, self.seed / 2**32, np.ones(self.num_envs)]
         return np.stack(columns, 1).astype(np.float32)
 
-    def start_episodes(self, mask, episodes, obs):
-        seeds = [bmpc.derive_seed(self.own, *name) for name in episodes]
+    def start_episodes(self, mask, episode_keys, obs):
+        seeds = [bmpc.derive_seed(self.run_seed, *key) for key in episode_keys]
         for i in np.flatnonzero(mask):
-            self.step[i], self.seed[i] = 0, seeds[i]
-            self.begun.append((int(i), seeds[i]))
+            self.step[i] = 0
+            self.seed[i] = seeds[i]
+            self.episode_starts.append((int(i), seeds[i]))
         return np.where(mask[:, None], self.obs(), obs)
 
     def step_async(self, action):
@@ -137,28 +147,34 @@ class FakeEnvs:
 
 
 class FakePlanner:
-    """Stands for `plan` and keeps what it was asked. State n's answer is n and a fraction that names the part."""
+    """A replacement for `plan` that records its arguments and results.
+
+    The plan of the n-th state, counted over all calls, consists of n plus a fraction that identifies the field.
+    """
 
     def __init__(self, script=bmpc):
-        self.script, self.obs, self.previous, self.policies, self.args, self.coefs = script, [], [], [], [], []
-        self.answers, self.states = [], 0
+        self.script = script
+        self.obs, self.prev_means, self.policies, self.args, self.std_coefs = [], [], [], [], []  # arguments
+        self.plans = []  # results
+        self.num_states = 0
 
-    def __call__(self, model, policy, obs, mean, noise, args, *coef):
-        S, T, A = mean.shape
+    def __call__(self, model, policy, obs, prev_mean, noise, args, *std_coef):
+        S, T, A = prev_mean.shape
         self.obs.append(obs.clone())
-        self.previous.append(mean.clone())
+        self.prev_means.append(prev_mean.clone())
         self.policies.append(policy)
         self.args.append(args)
-        self.coefs += coef
-        n = self.states + torch.arange(float(S))[:, None].expand(-1, A)
-        self.states += S
-        new, report = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100, [torch.zeros(S)] * (3 * len(coef))
-        self.answers.append(self.script.Plan(n + 0.1, n + 0.2, n + 0.3, new, n + 0.5, n[:, 0], *report))
-        return self.answers[-1]
+        self.std_coefs += std_coef
+        n = self.num_states + torch.arange(float(S))[:, None].expand(-1, A)
+        self.num_states += S
+        mean = n[:, None] + 0.4 + torch.arange(T)[:, None] / 100
+        ensemble_fields = [torch.zeros(S)] * 3 if std_coef else []
+        self.plans.append(self.script.Plan(n + 0.1, n + 0.2, n + 0.3, mean, n + 0.5, n[:, 0], *ensemble_fields))
+        return self.plans[-1]
 
 
 def start(args, envs, functions=None, script=bmpc):
-    """A run on fake environments, before its first decision."""
+    """Make a run on fake environments, before its first decision."""
     run = script.Run(args, TASK, CPU)
     run.functions = functions or script.Functions()
     script.start_run_episodes(run, envs)
@@ -166,7 +182,7 @@ def start(args, envs, functions=None, script=bmpc):
 
 
 def train(run, envs, directory, eval_envs=None, script=bmpc):
-    """The whole of this run; what it writes is in the directory."""
+    """Train until the run ends, with its output in the directory."""
     directory.mkdir(exist_ok=True)
     log = script.MetricsLogger(directory, run.args, run.global_step)
     assert script.train(run, envs, script.RunController(run, eval_envs, log, [], directory)) == 0
@@ -174,12 +190,12 @@ def train(run, envs, directory, eval_envs=None, script=bmpc):
 
 
 def run_loop(args, envs, directory, functions=None, script=bmpc):
-    """A whole run of train on fake environments, at its end."""
+    """Make a run on fake environments and train until it ends. Returns the run."""
     run = start(args, envs, functions, script)
     train(run, envs, directory, script=script)
     return run
 
 
 def same(a, b):
-    """Whether two trees of tensors are equal bit for bit."""
+    """Tell whether two trees of tensors are equal bit for bit."""
     return runs.differences(a, b) == []

@@ -1,11 +1,11 @@
-"""What a GPU's owner runs once, ten minutes at most, and pastes: does it compute on CUDA what it should, and how fast?
+"""Check correctness and speed on a GPU, in ten minutes at most. The output is meant to be pasted into a report.
 
     python tests/gpu.py                 # everything, on the first GPU
-    python tests/gpu.py --minutes 4     # less of the training run at the end
+    python tests/gpu.py --minutes 4     # a shorter training run at the end
 
-It prints versions and the card; the tests on CUDA; waits of the host that should not be there; a run that is continued;
-throughput with launches, the time the GPU was busy, and its share of the card's own rate; memory; a while of the
-default dog-run. It ends with a Markdown table; gpu.csv has its rows.
+It prints versions and the name of the GPU, then checks that the host never waits for the GPU unnecessarily, that short
+runs work and can be resumed, and that the tests on CUDA pass. Then it measures throughput, kernel launches, busy time
+of the GPU and memory, and trains on dog-run with default flags. It ends with a Markdown table, also written to gpu.csv.
 """
 
 import argparse
@@ -33,77 +33,84 @@ SMALL = "--num-envs 1 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-samples 16
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
-said = functools.partial(print, flush=True)
+print_now = functools.partial(print, flush=True)
 
 
-def run_script(name, cwd, *line, limit=0):
-    """A run as a process, asked to stop after `limit` seconds if it has one: its exit code, the last lines it wrote."""
+def run_script(name, cwd, *argv, limit=0):
+    """Run a script as a process and stop it after `limit` seconds, unless 0. Returns the exit code and last lines."""
     command = ["timeout", "--foreground", "--preserve-status", "--kill-after=120", f"{limit}"]
-    command += [sys.executable, str(ROOT / f"{name}.py"), *line]
-    ran = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return ran.returncode, "\n".join(ran.stdout.splitlines()[-8:])
+    command += [sys.executable, str(ROOT / f"{name}.py"), *argv]
+    result = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return result.returncode, "\n".join(result.stdout.splitlines()[-8:])
 
 
-# --- right?
+# --- correctness
 
 
 def check_waits(options):
-    """Acting, storing and learning under torch's alarm: whatever makes the host wait for the GPU raises."""
+    """Act, store and learn in torch's sync debug mode, in which whatever makes the host wait for the GPU raises."""
     bench = Bench(options)
-    alarm = torch.cuda.set_sync_debug_mode if bench.device.type == "cuda" else lambda mode: None
+    set_sync_debug_mode = torch.cuda.set_sync_debug_mode if bench.device.type == "cuda" else lambda mode: None
     for name, changes in SCRIPTS.items():
         script = getattr(throughput, name)
         run, _ = bench.make(script, "eager", reanalyze_interval=2, **changes)
         rows = np.zeros(run.args.num_envs, np.float32)
-        for mode in ("default", "error"):  # first Adam's state and cuBLAS's workspaces are made
-            alarm(mode)
-            planning = run.functions.plan, run.model, run.obs, run.prev_mean, run.args, run.make_generator
-            action, expert, _, metrics = script.act(*planning)
+        for mode in ("default", "error"):  # the first pass allocates the state of Adam and the workspaces of cuBLAS
+            set_sync_debug_mode(mode)
+            action, expert, _, metrics = script.act(
+                run.functions.plan, run.model, run.obs, run.prev_mean, run.args, run.make_generator
+            )
             run.accumulate_metrics(metrics)
             reward = script.to_device(rows, bench.device)
             run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0, rows > 0)
             script.train_step(run, pretraining=False)
             script.train_step(run, pretraining=False)  # with reanalyze
-        alarm("default")
-        said(f"waits: none in {name}")
+        set_sync_debug_mode("default")
+        print_now(f"waits: none in {name}")
 
 
 def check_runs(options):
-    """A short run of each script; of bmpc.py one that goes on where it stopped, against one that never did."""
-    line = f"{SHORT} --device {options.device} " + (f"--no-compile {SMALL}" if options.small else "--model-size 1")
+    """Make a short run of each script. Compare one of bmpc.py with one that is resumed in between."""
+    argv = f"{SHORT} --device {options.device} ".split()
+    argv += f"--no-compile {SMALL}".split() if options.small else ["--model-size", "1"]
     for name, flags in SCRIPTS.items():
         results = []
-        for stops in ((80,), (60, 80))[: 2 if name == "bmpc" else 1]:
+        for stops in [[80], [60, 80]] if name == "bmpc" else [[80]]:
             with tempfile.TemporaryDirectory() as cwd:
                 for steps in stops:
-                    code, text = run_script(name, cwd, *line.split(), f"--steps={steps}", *runs.words(flags))
+                    code, text = run_script(name, cwd, *argv, f"--steps={steps}", *runs.words(flags))
                     if code:
                         raise SystemExit(f"{name} failed with code {code}:\n{text}")
                 results.append(runs.numbers(cwd))
-        same = "the same" if results[0] == results[-1] else "OTHER"
-        said(f"a short run of {name}: good" + f"; continued, it logs {same} numbers" * (len(results) > 1))
+        message = f"a short run of {name}: passed"
+        if len(results) > 1:
+            which = "the same" if results[0] == results[1] else "DIFFERENT"
+            message += f"; resumed, it logs {which} numbers"
+        print_now(message)
 
 
 def check_tests():
-    """The tests on CUDA: eager equals compiled equals captured under the same draws, and more."""
+    """Run the tests on CUDA: eager, compiled and captured functions give equal results for the same noise, and more."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "cuda", str(ROOT / "tests" / "test_speed.py")]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said("tests: " + (ran.stdout.strip().splitlines() or ["none"])[-1])
-    if ran.returncode:
-        raise SystemExit(ran.stdout[-4000:] + ran.stderr[-2000:])
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = result.stdout.strip().splitlines()
+    print_now(f"tests: {lines[-1] if lines else 'none'}")
+    if result.returncode:
+        raise SystemExit(result.stdout[-4000:] + result.stderr[-2000:])
 
 
-# --- fast?
+# --- speed
 
 
-class Profiled(Bench):
-    """Bench, and of each row what the host launches and how long the GPU is busy with it."""
+class ProfiledBench(Bench):
+    """A Bench that also measures, for each row, the launches by the host and the busy time of the GPU."""
 
     def time(self, name, mode, function, work=0.0):
         super().time(name, mode, function, work)
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        kinds += [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        with torch.profiler.profile(activities=kinds) as profiler:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profiler:
             self.seconds(function)
         events = profiler.key_averages()
         busy = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA")
@@ -115,57 +122,64 @@ class Profiled(Bench):
 
 
 def train(options, seconds):
-    """The default dog-run for so long: decisions a second at its end, and the returns so far."""
+    """Train on dog-run with default flags for so many seconds. Returns the decisions per second at the end."""
     flags = f"--task dog-run --device {options.device} --log-freq 200"
-    flags += f" --no-compile --learning-starts 16 --log-freq 4 --steps 24 --eval-freq 0 {SMALL}" * options.small
+    if options.small:
+        flags += f" --no-compile --learning-starts 16 --log-freq 4 --steps 24 --eval-freq 0 {SMALL}"
     with tempfile.TemporaryDirectory() as cwd:
         code, text = run_script("bmpc", cwd, *flags.split(), limit=0 if options.small else seconds)
         if code not in (0, bmpc.EXIT_RESUMABLE):
             raise SystemExit(f"the training run failed with code {code}:\n{text}")
-        found = runs.numbers(cwd, speeds=True)
-    of = lambda tag: [(step, value) for step, _, name, value in found if name == tag]
-    speeds, returns = of("charts/SPS"), of("charts/episodic_return")
-    if speeds:
-        said(f"dog-run: at step {speeds[-1][0]}, {speeds[-1][1]:.2f} decisions a second")
-    for step, value in returns:
-        said(f"dog-run: at step {step} an episode's return was {value:.1f}")
-    return speeds[-1][1] if speeds else float("nan")
+        rows = runs.numbers(cwd, speeds=True)
+    for step, _, tag, value in rows:
+        if tag == "charts/episodic_return":
+            print_now(f"dog-run: at step {step}, the return of an episode was {value:.1f}")
+    speeds = [(step, value) for step, _, tag, value in rows if tag == "charts/SPS"]
+    if not speeds:
+        return float("nan")
+    step, speed = speeds[-1]
+    print_now(f"dog-run: at step {step}, {speed:.2f} decisions per second")
+    return speed
 
 
 def table(names, rows):
-    """Rows as Markdown."""
-    told = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
-    lines = [names, ["---"] * len(names)] + [[told(row.get(name, "")) for name in names] for row in rows]
+    """Format rows as a Markdown table."""
+    cell = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
+    lines = [names, ["---"] * len(names)] + [[cell(row.get(name, "")) for name in names] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="of everything; the training run has what is left")
-    parser.add_argument("--device", default="cuda", help="cpu stands in, to try this file")
-    parser.add_argument("--small", action="store_true", help="tiny networks, nothing compiled, to try this file")
+    parser.add_argument("--minutes", type=float, default=10, help="in total; the training run takes what remains")
+    parser.add_argument("--device", default="cuda", help="cpu: to test this script without a GPU")
+    parser.add_argument("--small", action="store_true", help="tiny networks, nothing compiled, to test this script")
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args(argv)
-    start, options.num_q = time.perf_counter(), 5
+    start = time.perf_counter()
+    options.num_q = 5
     if options.device == "cuda" and not torch.cuda.is_available():
-        said("no GPU on this machine: tests/gpu.py measures nothing")
+        print_now("no GPU on this machine: nothing to measure")
         return 1
     device = bmpc.setup_torch(bmpc.Args(device=options.device))
-    card = torch.cuda.get_device_properties(0) if device.type == "cuda" else None
-    who = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}" if card else platform.machine()
-    said(f"{who}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    hardware = platform.machine()
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        hardware = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    print_now(f"{hardware}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
     check_waits(options)
     check_runs(options)
-    if card:
+    if device.type == "cuda":
         check_tests()
 
-    bench = Profiled(options)
-    said(f"peak: {bench.peak() / 1e9:.0f} GFLOP/s at matmul precision {torch.get_float32_matmul_precision()}")
+    bench = ProfiledBench(options)
+    print_now(f"peak: {bench.peak() / 1e9:.0f} GFLOP/s at matmul precision {torch.get_float32_matmul_precision()}")
     for name in ("act", "update", "reanalyze"):
         for mode in ["eager"] if options.small else ["eager", "compiled", "captured"]:
             throughput.BENCHES[name](bench, mode)
     speed = train(options, max(30.0, 60 * options.minutes - (time.perf_counter() - start)))
-    ms = {row["call"]: row["ms"] for row in bench.rows}  # of the last mode, the fastest
+    ms = {row["call"]: row["ms"] for row in bench.rows}  # of the last mode, which is the fastest
+    # Milliseconds per decision
     parts = {"act": ms["act, 4 environments"] / 4, "update": ms["update"], "reanalyze": ms["reanalyze, 60 states"] / 10}
     parts["simulators and the rest"] = max(0.0, 1e3 / speed - sum(parts.values()))
     bench.rows += [{"call": f"a decision: {name}", "mode": "in the loop", "ms": value} for name, value in parts.items()]
@@ -175,7 +189,7 @@ def main(argv=None):
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(bench.rows)
-    said(f"\n{who}, torch {torch.__version__}\n\n{table(names, bench.rows)}")
+    print_now(f"\n{hardware}, torch {torch.__version__}\n\n{table(names, bench.rows)}")
     return 0
 
 

@@ -1,6 +1,7 @@
-"""What happens to a run at a chosen moment of it, counted in calls and not in seconds.
+"""Faults that are injected into a run at a chosen moment, which is counted in calls instead of seconds.
 
-Each function takes the script's module, in the process that is about to run it, and plants one event.
+Each function takes the module of the script, in the process that is about to run it, and patches it so that one event
+happens later: a signal, a killed worker, a full disk, a missing package.
 """
 
 import functools
@@ -12,39 +13,41 @@ import sys
 
 
 def before(script, path, happen, inside=""):
-    """Calls happen(number of the call, its arguments) before every call of `path`: `learn`, `Envs.step_wait`.
+    """Call happen(number of the call, its arguments) before every call of `path`, such as "Envs.step_wait".
 
-    Counts only the calls made while the function `inside` is under way.
+    With `inside`, only the calls made while that function runs are counted.
     """
-    under_way, calls = [], [0]
+    active_calls = []  # of `inside`
+    calls = 0
 
-    def wrapped(path, first, last):
+    def patch(path, on_entry, on_exit):
         *owner, name = path.split(".")
         owner = functools.reduce(getattr, owner, script)
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def wrapper(*args, **kwargs):
-            first(args)
+            on_entry(args)
             try:
                 return original(*args, **kwargs)
             finally:
-                last()
+                on_exit()
 
         setattr(owner, name, wrapper)
 
     def count(args):
-        if under_way or not inside:
-            calls[0] += 1
-            happen(calls[0], args)
+        nonlocal calls
+        if active_calls or not inside:
+            calls += 1
+            happen(calls, args)
 
-    wrapped(path, count, lambda: None)
+    patch(path, count, lambda: None)
     if inside:
-        wrapped(inside, under_way.append, under_way.pop)
+        patch(inside, active_calls.append, active_calls.pop)
 
 
 def send(name):
-    """SIGKILL and SIGSTOP to the process; what asks it to stop to its process group, as Ctrl-C and SLURM do."""
+    """Send a signal: SIGKILL and SIGSTOP to this process, others to its process group, as Ctrl-C and SLURM do."""
     if name in ("SIGKILL", "SIGSTOP"):
         os.kill(os.getpid(), getattr(signal, name))
     else:
@@ -52,19 +55,20 @@ def send(name):
 
 
 def strike(script, name, path, number, inside=""):
-    """The signal `name` at the `number`-th call of `path`, counting only those made inside the function `inside`."""
+    """Send the signal `name` before the `number`-th call of `path`, of those made while the function `inside` runs."""
     before(script, path, lambda call, _: call == number and send(name), inside)
 
 
 def strike_half_saved(script, name, number, share):
-    """The signal `name` when the `number`-th checkpoint's bytes are written to `share`."""
+    """Send the signal `name` when a fraction `share` of the bytes of the `number`-th checkpoint is written."""
 
     def happen(call, args):
         if call == number:
-            whole = io.BytesIO()
-            original(args[0], whole)
-            args[1].write(whole.getvalue()[: int(share * whole.tell())])
-            args[1].flush()
+            state, file = args
+            complete = io.BytesIO()
+            original(state, complete)
+            file.write(complete.getvalue()[: int(share * complete.tell())])
+            file.flush()
             send(name)
 
     original = script.torch.save
@@ -72,42 +76,53 @@ def strike_half_saved(script, name, number, share):
 
 
 def strike_anywhere(script, name, number):
-    """The signal `name` at the `number`-th call or return that a line of the script's main thread makes or sees."""
-    seen = [0]
+    """Send the signal `name` at the `number`-th profiling event (a call or return) in the script's main thread."""
+    events = 0
 
     def profile(frame, event, arg):
+        nonlocal events
         if frame.f_code.co_filename == script.__file__:
-            seen[0] += 1
-            if seen[0] == number:
+            events += 1
+            if events == number:
                 send(name)
 
     sys.setprofile(profile)
 
 
 def kill_worker(script, path, number, inside=""):
-    """SIGKILL to the last environment's process before the `number`-th call of `path`, a method of Envs."""
+    """Kill the process of the last environment before the `number`-th call of `path`, a method of Envs."""
 
     def happen(call, args):
         if call == number:
-            args[0].processes[-1].kill()
-            args[0].processes[-1].join()
+            worker = args[0].processes[-1]
+            worker.kill()
+            worker.join()
 
     before(script, path, happen, inside)
 
 
 def full_disk(script, path, number, size):
-    """From the `number`-th call of `path` on, no file can grow past `size` bytes."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    limit = lambda call, _: call == number and resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    before(script, path, limit)
+    """Limit the size of files to `size` bytes, from the `number`-th call of `path` on."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def happen(call, args):
+        if call == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard_limit))
+
+    before(script, path, happen)
 
 
 def hide(script, module, path="main", number=1):
-    """From the `number`-th call of `path` on, `import module` fails, as where it is not installed."""
-    before(script, path, lambda call, _: call == number and sys.modules.update({module: None}))
+    """Make `import module` fail, as if it were not installed, from the `number`-th call of `path` on."""
+
+    def happen(call, args):
+        if call == number:
+            sys.modules[module] = None
+
+    before(script, path, happen)
 
 
 def compile_only(script, name):
-    """With --compile, compiles this of the functions worth compiling and leaves the others as they are."""
+    """Make --compile compile only one of the fields of Functions, and leave the others eager."""
     compile_functions = script.compile_functions
-    script.compile_functions = lambda *given: script.Functions(**{name: getattr(compile_functions(*given), name)})
+    script.compile_functions = lambda *args: script.Functions(**{name: getattr(compile_functions(*args), name)})

@@ -1,4 +1,4 @@
-"""The command line: defaults, names, docstrings, tasks, and what is refused in one line before anything is made."""
+"""The command line: defaults, names and docstrings of flags, tasks, and errors that are reported in one line."""
 
 import ast
 import dataclasses
@@ -14,7 +14,7 @@ from conftest import small_args
 
 import bmpc
 
-DEFAULTS = dict(  # the numbers of the algorithm's description, written down a second time
+DEFAULTS = dict(  # those of the specification, written down a second time
     exp_name="bmpc", run_name="", seed=1, device="auto", torch_deterministic=True,
     track=False, wandb_project_name="bmpc", wandb_entity=None, capture_video=False, profile=False, eval_freq=10_000,
     eval_episodes=10, log_freq=1_000, checkpoint_freq=10_000, keep_replay=True, resume="", evaluate="", preset="full",
@@ -44,18 +44,18 @@ SIZES = {  # model_size: enc_dim, mlp_dim, latent_dim, num_enc_layers, num_q
 # --- flags
 
 
-def test_the_defaults_are_the_descriptions_and_no_flag_is_missing_or_unknown():
+def test_defaults_match_the_specification():
     assert dataclasses.asdict(bmpc.Args()) == dataclasses.asdict(bmpc.parse_args([])) == DEFAULTS
     with pytest.raises(dataclasses.FrozenInstanceError):
         bmpc.Args().horizon = 5
 
 
 def test_every_field_of_args_has_a_docstring():
-    """Read from the source, as tyro does: a string on its own right below the field."""
+    """Docstrings are read from the source, as tyro does: a string on its own right below the field."""
     tree = ast.parse(Path(bmpc.__file__).read_text())
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body[1:]
-    assert [field.target.id for field in body[::2]] == list(DEFAULTS)  # in the described groups' order, too
-    assert all(isinstance(below.value.value, str) and len(below.value.value) > 8 for below in body[1::2])
+    assert [field.target.id for field in body[::2]] == list(DEFAULTS)  # also in this order
+    assert all(isinstance(docstring.value.value, str) and len(docstring.value.value) > 8 for docstring in body[1::2])
 
 
 def test_every_field_can_be_set_from_the_command_line():
@@ -70,10 +70,10 @@ SMALL = "--steps 12500 --eval-freq 2500 --eval-episodes 5 --model-size 1 --enc-d
 SMALL += " --num-q 2 --num-samples 128 --num-elites 16 --num-pi-trajs 8 --batch-size 128 --reanalyze-batch-size 10"
 
 
-def test_a_preset_stands_for_its_flags_and_flags_beside_it_win():
+def test_preset_sets_flags_and_flags_override_it():
     assert bmpc.parse_args(["--preset", "small"]) == bmpc.parse_args([*SMALL.split(), "--preset", "small"])
-    spelled, args = bmpc.parse_args(SMALL.split()), bmpc.parse_args(["--num-q", "5", "--preset", "small"])
-    assert dataclasses.replace(spelled, preset="small", num_q=5) == args
+    expected = dataclasses.replace(bmpc.parse_args(SMALL.split()), preset="small", num_q=5)
+    assert bmpc.parse_args(["--num-q", "5", "--preset", "small"]) == expected
 
 
 # --- tasks
@@ -90,119 +90,118 @@ TASKS = {
 }
 
 
-def test_tasks_by_their_short_names():
+def test_short_task_names():
     assert {task: bmpc.resolve_env_id(task) for task in TASKS} == TASKS
 
 
-def test_an_unknown_task_is_answered_with_a_near_one():
+def test_unknown_task_suggests_a_similar_one():
     with pytest.raises(bmpc.UsageError, match="dog-rum.* cannot be made: .*`dog-run`"):
         bmpc.resolve_args(small_args(env_id="dog-rum"))
 
 
-def test_the_run_directory_is_named_after_task_experiment_seed_and_run(tmp_path, monkeypatch):
+def test_run_directory_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = lambda **changes: str(bmpc.open_run_directory(bmpc.Args(**changes))[0])
     assert name(env_id="dm_control/dog-run-v0") == "runs/dog-run__bmpc__1"
     assert name(env_id="toy:Dog/Run-v0", seed=3, exp_name="mine", run_name="utd4") == "runs/Dog_Run-v0__mine__3__utd4"
 
 
-class Body(gym.Env):
-    """An environment of these spaces; `limit` is dm_control's own. It remembers its actions."""
+class CustomEnv(gym.Env):
+    """An environment with given spaces. It records its actions, and truncates its only episode after `ends` steps.
+
+    `limit` is the time limit inside a dm_control environment.
+    """
 
     def __init__(self, observation=None, action=None, limit=math.inf, ends=5):
         self.observation_space = observation or gym.spaces.Box(-1, 1, (3,))
         self.action_space = action or gym.spaces.Box(-1, 1, (2,))
-        self._env, self.ends, self.seen = SimpleNamespace(_step_limit=limit), ends, []
+        self._env = SimpleNamespace(_step_limit=limit)
+        self.ends = ends
+        self.actions = []
 
     def reset(self, *, seed=None, options=None):
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        self.seen.append(np.asarray(action).tolist())
-        n = len(self.seen)
+        self.actions.append(np.asarray(action).tolist())
+        n = len(self.actions)
         return self.observation_space.sample(), 10.0**n, False, n == self.ends, {}
 
 
 @pytest.fixture
-def body():
-    """Registers Body-v0, whose constructor does not know render_mode, for the length of a test."""
+def register_env():
+    """Register Custom-v0, whose constructor does not accept render_mode, until the end of the test."""
 
     def register(max_episode_steps=None, **kwargs):
-        make = lambda more=None: Body(**kwargs, **(more or {}))
-        gym.register("Body-v0", entry_point=make, max_episode_steps=max_episode_steps)
-        return "Body-v0"
+        make = lambda more=None: CustomEnv(**kwargs, **(more or {}))
+        gym.register("Custom-v0", entry_point=make, max_episode_steps=max_episode_steps)
+        return "Custom-v0"
 
     yield register
-    gym.registry.pop("Body-v0", None)
+    gym.registry.pop("Custom-v0", None)
 
 
-EPISODES = [  # a task, or what Body is made of; action repeat; decisions of an episode, discount
+EPISODES = [  # a task, or arguments of register_env; action repeat; decisions per episode; discount
     (dict(max_episode_steps=1000), 2, 500, 0.99),
     (dict(max_episode_steps=1000), None, 1000, 0.995),
     (dict(max_episode_steps=60), 7, 9, 0.95),
     (dict(max_episode_steps=300), None, 300, 1 - 1 / 60),
     (dict(limit=1000), 4, 250, 0.98),
-    (dict(), None, None, 0.97),  # without a limit a discount must be given
+    (dict(), None, None, 0.97),  # without a time limit, --discount is required
     ("cartpole-swingup", None, 500, 0.99),
     ("Pendulum-v1", None, 200, 0.975),
 ]
 
 
 @pytest.mark.parametrize("task, repeat, n, discount", EPISODES)
-def test_the_discount_follows_from_the_episodes_length_in_decisions(body, task, repeat, n, discount):
-    """clip((n/5 - 1)/(n/5), 0.95, 0.995)."""
-    env_id = task if isinstance(task, str) else body(**task)
+def test_discount_from_episode_length(register_env, task, repeat, n, discount):
+    """It is clip((n/5 - 1)/(n/5), 0.95, 0.995)."""
+    env_id = task if isinstance(task, str) else register_env(**task)
     args, task = bmpc.resolve_args(small_args(env_id=env_id, action_repeat=repeat, discount=None if n else discount))
     assert task.episode_length == n and args.discount == pytest.approx(discount)
 
 
-def test_an_action_repeat_sums_rewards_and_stops_where_the_episode_ends():
-    env = bmpc.ActionRepeat(Body(), 3)
+def test_action_repeat_sums_rewards_until_the_episode_ends():
+    env = bmpc.ActionRepeat(CustomEnv(), 3)
     assert [env.step(0)[1:4] for _ in range(2)] == [(1110.0, False, False), (110000.0, False, True)]
 
 
-def test_actions_are_vectors_in_the_unit_box_and_become_what_the_environment_takes(body):
+def test_actions_are_vectors_and_rescaled(register_env):
     space = gym.spaces.Box(np.float32([[-2, 0], [0, 0]]), np.float32([[2, 10], [1, 4]]))
-    args = small_args(env_id=body(9, action=space))
+    args = small_args(env_id=register_env(9, action=space))
     assert bmpc.inspect_task(args).action_dim == 4
     env = bmpc.make_env(args)
     env.reset(seed=0)
     env.step(np.float32([-1, 0, 1, 0.5]))
-    np.testing.assert_allclose(env.unwrapped.seen, [[[-2, 5], [1, 3]]], atol=1e-6)
+    np.testing.assert_allclose(env.unwrapped.actions, [[[-2, 5], [1, 3]]], atol=1e-6)
 
 
-def test_nested_observations_are_one_vector(body):
+def test_nested_observations_are_flattened(register_env):
     inner = gym.spaces.Dict(a=gym.spaces.Box(-1, 1, (2, 2), np.float64), b=gym.spaces.Discrete(3))
     space = gym.spaces.Dict(outer=inner, c=gym.spaces.Box(-1, 1, (2,)))
-    args = small_args(env_id=body(9, observation=space))
+    args = small_args(env_id=register_env(9, observation=space))
     assert bmpc.inspect_task(args).obs_dim == 4 + 3 + 2
     obs, _ = bmpc.make_env(args).reset(seed=0)
     assert obs.shape == (9,) and obs.dtype == np.float32
 
 
-def test_environments_take_further_keywords_and_need_not_know_render_mode(body):
+def test_env_kwargs_without_render_mode(register_env):
     kwargs = '{"more": {"ends": 2}, "max_episode_steps": 7}'
-    env = bmpc.make_env(small_args(env_id=body(9), env_kwargs=kwargs), render=True)
-    assert (
-        env.unwrapped.ends == 2 and env.spec.max_episode_steps == 7 and env.get_wrapper_attr("render_frame")() is None
-    )
+    env = bmpc.make_env(small_args(env_id=register_env(9), env_kwargs=kwargs), render=True)
+    assert env.unwrapped.ends == 2 and env.spec.max_episode_steps == 7
+    assert env.get_wrapper_attr("render_frame")() is None
 
 
-def test_model_sizes_fill_in_what_is_not_given(body):
-    given = dict.fromkeys(bmpc.MODEL_SIZE_FIELDS) | dict(num_q=3, latent_dim=64)
-    args, _ = bmpc.resolve_args(small_args(env_id=body(100), model_size=48, **given))
-    assert [getattr(args, name) for name in bmpc.MODEL_SIZE_FIELDS] == [
-        1792,
-        1792,
-        64,
-        4,
-        3,
-    ] and bmpc.MODEL_SIZES == SIZES
+def test_model_size_sets_missing_sizes(register_env):
+    sizes = dict.fromkeys(bmpc.MODEL_SIZE_FIELDS) | dict(num_q=3, latent_dim=64)
+    args, _ = bmpc.resolve_args(small_args(env_id=register_env(100), model_size=48, **sizes))
+    assert [getattr(args, name) for name in bmpc.MODEL_SIZE_FIELDS] == [1792, 1792, 64, 4, 3]
+    assert bmpc.MODEL_SIZES == SIZES
 
 
-# --- what is refused (test_fuzz.py has more)
+# --- unsupported tasks (test_fuzz.py tests other errors)
 
-UNPLAYABLE = {  # spaces and limits, what is said of them
+UNSUPPORTED = {  # arguments of register_env, a part of the error message
     "image": (dict(max_episode_steps=9, observation=gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)), "not images"),
     "sequence": (dict(max_episode_steps=9, observation=gym.spaces.Sequence(gym.spaces.Box(-1, 1))), "vectors"),
     "unbounded": (dict(max_episode_steps=9, action=gym.spaces.Box(-np.inf, np.inf, (2,))), "bounded Box"),
@@ -213,10 +212,11 @@ UNPLAYABLE = {  # spaces and limits, what is said of them
 }
 
 
-@pytest.mark.parametrize("what", UNPLAYABLE)
-def test_what_this_agent_cannot_play_is_refused(tmp_path, monkeypatch, capsys, body, what):
-    spaces, says = UNPLAYABLE[what]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_tasks_are_rejected(tmp_path, monkeypatch, capsys, register_env, name):
+    env_args, message = UNSUPPORTED[name]
     monkeypatch.chdir(tmp_path)
-    assert bmpc.main([*runs.TINY, "--task", body(**spaces)]) == 2
-    said = capsys.readouterr()
-    assert says in said.err and said.err.count("\n") == 1 and said.out == "" and not list(tmp_path.iterdir())
+    assert bmpc.main([*runs.TINY, "--task", register_env(**env_args)]) == 2
+    output = capsys.readouterr()
+    assert message in output.err and output.err.count("\n") == 1
+    assert output.out == "" and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Command lines, replay contents and damaged checkpoints that nobody thought of."""
+"""Tests with generated inputs: command lines, replay contents and damaged checkpoints."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck
 
 
 def fuzz(examples):
-    """Settings that find the same examples every time, and take the time they need."""
+    """Return hypothesis settings: reproducible examples and no deadline."""
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
 
 
 # --- command lines
 
 BASE = ["--task", "toy:Toy-v0", *runs.TINY, "--steps", "60", "--eval-freq", "0"]
-CHOICES = dict(  # values that go with each other and with BASE's
+CHOICES = dict(  # values that are valid in all combinations, together with BASE
     num_envs=[1, 2, 3], action_repeat=[1, 3], episodic=[False, True], discount=[0.5, 1.0], utd_ratio=[0.25, 1, 3.3],
     batch_size=[4, 9], buffer_size=[36, 10_000], enc_lr_scale=[0.3, 1], grad_clip_norm=[0.01, 20], rho=[0.1, 1, 2],
     normalize_rho_weights=[False, True], td_horizon=[1, 3], consistency_coef=[0, 20], entropy_coef=[0, 1e-2],
@@ -44,7 +44,7 @@ VALID = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for na
 
 @fuzz(25)
 @given(VALID)
-def test_every_valid_command_line_acts_and_learns(changes):
+def test_valid_command_lines_act_and_learn(changes):
     args, _ = bmpc.resolve_args(bmpc.parse_args(BASE + runs.words(changes)))
     envs = FakeEnvs([7] * args.num_envs)
     run = start(args, envs)
@@ -59,11 +59,11 @@ def test_every_valid_command_line_acts_and_learns(changes):
     run.accumulate_metrics(metrics)
     assert action.shape == (args.num_envs, 2) and action.abs().max() <= 1
     assert stack_expert(expert).isfinite().all() and mean.isfinite().all()
-    assert {"losses/kl", "planner/value"} <= run.mean_metrics().keys()  # and all are finite
+    assert {"losses/kl", "planner/value"} <= run.mean_metrics().keys()  # raises RunError if one is not finite
     assert any(not torch.equal(x, y) for x, y in zip(before, run.model.parameters(), strict=True))
 
 
-WRONG = {
+INVALID = {
     "num_envs": [0, -1], "batch_size": [0, 3], "buffer_size": [0, 7], "horizon": [0, 13], "num_elites": [0, 17],
     "num_pi_trajs": [-1, 16], "latent_dim": [0, 31], "simnorm_dim": [0, 5], "learning_starts": [0, 5], "num_bins": [1],
     "lr": [0, -1, "nan", "inf"], "tau": [0, 1.5, "nan"], "discount": [0, 1.01, "nan"], "dropout": [1, -0.1],
@@ -77,45 +77,51 @@ WRONG = {
     "env_id": ["dog-fly", "Toy-v9", "toy:Toy-v9", "nomodule:Toy-v0", "CartPole-v1", "", "-", "lqr-lqr_2_1"],
     "env_kwargs": ["{", "[1]", '{"no": 1}'], "device": ["tpu", "cuda:99", "meta"], "run_name": ["a/b", "../a"],
     "resume": ["nowhere"], "evaluate": ["nowhere"],
-    # what tyro refuses
+    # Values that tyro rejects. A space makes a key unique
     "kl_reduction": ["max"], "model_size": [2, "big"], "seed ": ["one"], "lr ": ["fast"], "no_such_flag": [1],
 }  # fmt: skip
-SYNONYMS = {"num_pi_trajs": "proposals", "horizon": "window", "vmin": "bins", "env_id": "", "no_such_flag": "-flag"}
-SYNONYMS |= {"env_kwargs": "made", "vmax": "bins", "batch_size": "windows", "resume": "holds", "evaluate": "holds"}
+# A word of the error message, where it names none of the words of the flag
+MESSAGE_WORDS = {"num_pi_trajs": "proposals", "horizon": "window", "vmin": "bins", "env_id": ""}
+MESSAGE_WORDS |= {"no_such_flag": "-flag"}
+MESSAGE_WORDS |= {"env_kwargs": "made", "vmax": "bins", "batch_size": "windows", "resume": "holds", "evaluate": "holds"}
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_every_wrong_value_is_refused_in_one_line_and_named(tmp_path, monkeypatch, capsys, name):
-    """With exit code 2, before anything is created."""
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_values_are_rejected(tmp_path, monkeypatch, capsys, name):
+    """The exit code is 2, the error is one line that names the flag, and no file is created."""
     monkeypatch.chdir(tmp_path)
-    for value in WRONG[name]:
+    for value in INVALID[name]:
+        from_tyro = False
         try:
-            code, lines = bmpc.main(BASE + runs.words({name.strip(): value})), 1
-        except SystemExit as end:  # tyro's
-            code, lines = end.code, None
-        said = capsys.readouterr()
-        started = value == "cuda:99"  # CUDA must not be looked at before the simulators have forked
-        assert code == 2 and not list(Path.cwd().iterdir()) and said.out.count("\n") == started
-        assert lines is None or (said.err.count("\n") == 1 and said.err.startswith("bmpc.py: error: ")), said.err
-        assert any(word in said.err for word in [*name.strip().split("_"), SYNONYMS.get(name, name)]), said.err
+            code = bmpc.main(BASE + runs.words({name.strip(): value}))
+        except SystemExit as e:
+            from_tyro = True
+            code = e.code
+        output = capsys.readouterr()
+        # Only this error comes after the line about simulators: they must be forked before CUDA is used
+        expected_lines = 1 if value == "cuda:99" else 0
+        assert code == 2 and not list(Path.cwd().iterdir()) and output.out.count("\n") == expected_lines
+        if not from_tyro:
+            assert output.err.count("\n") == 1 and output.err.startswith("bmpc.py: error: "), output.err
+        assert any(word in output.err for word in [*name.strip().split("_"), MESSAGE_WORDS.get(name, name)]), output.err
 
 
-ANYTHING = st.one_of(
+VALUES = st.one_of(
     *(st.integers(-(2**70), 2**70), st.integers(-3, 40), st.floats(), st.floats(-3, 3), st.text(max_size=5), st.none())
 ).map(str)
 FIELDS = [field.name for field in bmpc.dataclasses.fields(bmpc.Args)]
 
 
 @fuzz(80)
-@given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING, min_size=1, max_size=3))
-def test_any_other_command_line_is_taken_or_refused_in_one_line(tmp_path, monkeypatch, changes):
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
+def test_random_values_are_accepted_or_rejected(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
     try:
         bmpc.setup_torch(bmpc.resolve_args(bmpc.parse_args(BASE + runs.words(changes)))[0])
-    except bmpc.UsageError as refusal:
-        assert "\n" not in str(refusal), changes
-    except SystemExit as end:
-        assert end.code in (0, 2), changes
+    except bmpc.UsageError as e:
+        assert "\n" not in str(e), changes
+    except SystemExit as e:  # from tyro
+        assert e.code in (0, 2), changes
     assert not list(tmp_path.iterdir())
 
 
@@ -124,14 +130,16 @@ def test_any_other_command_line_is_taken_or_refused_in_one_line(tmp_path, monkey
 
 @fuzz(60)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 26), st.integers(1, 60), st.integers(0, 99))
-def test_the_replay_holds_what_lists_of_episodes_would(E, T, spare, steps, seed):
-    """Each window once, wherever it lies in the ring, and all equally likely; also once it was saved and loaded."""
-    C, rng = T + spare, np.random.default_rng(seed)
+def test_replay_buffer_matches_the_list_of_steps(E, T, spare, steps, seed):
+    """Each valid window is sampled with the same probability, also after the buffer is saved and loaded."""
+    C = T + spare
+    rng = np.random.default_rng(seed)
     args = bmpc.Args(num_envs=E, buffer_size=E * C + E - 1, horizon=T)
-    make = lambda: bmpc.ReplayBuffer(args, bmpc.TaskInfo(1, 1, None), CPU)
-    buffer, rows = make(), torch.from_numpy(rng.random((steps, E, 7), np.float32))
+    make_buffer = lambda: bmpc.ReplayBuffer(args, bmpc.TaskInfo(1, 1, None), CPU)
+    buffer = make_buffer()
+    rows = torch.from_numpy(rng.random((steps, E, 7), np.float32))
     ended = rng.random((steps, E)) < rng.choice([0, 0.1, 0.3, 1])
-    episode = ended.cumsum(0) - ended  # of each row
+    episode = ended.cumsum(0) - ended  # number of the episode of each row
     for step in range(steps):
         obs, action, expert, reward, terminated, next_obs = rows[step].split([1, 1, 2, 1, 1, 1], 1)
         buffer.add(
@@ -145,44 +153,51 @@ def test_the_replay_holds_what_lists_of_episodes_would(E, T, spare, steps, seed)
             np.zeros(E, bool),
         )
         if step % 11 == 10:
-            state, buffer = buffer.state_dict(), make()
+            state = buffer.state_dict()
+            buffer = make_buffer()
             buffer.load_state_dict(state)
             assert len(state["rows"]) == min(step + 1, C) and same(buffer.state_dict(), state)
         oldest = max(0, step + 1 - C)
-        last = episode[oldest : step + 1][T - 1 :]
-        first, env = np.nonzero(episode[oldest:][: len(last)] == last)
+        # A window is valid if its first and last rows belong to the same episode
+        last_episode = episode[oldest : step + 1][T - 1 :]
+        first, env = np.nonzero(episode[oldest:][: len(last_episode)] == last_episode)
         if not len(first):
             with pytest.raises(bmpc.UsageError, match="no episode in the replay buffer"):
                 buffer.sample(np.zeros(1))
             continue
-        u = (np.arange(3 * len(first)) + 0.5) / (3 * len(first))  # so that each is drawn three times
-        u[0], u[-1] = 0.0, 1 - 2**-53  # also at the ends of the unit interval
+        u = (np.arange(3 * len(first)) + 0.5) / (3 * len(first))  # samples each window three times
+        u[0], u[-1] = 0.0, 1 - 2**-53  # also at the ends of [0, 1)
         batch = buffer.sample(u)
-        slot, envs = np.divmod(batch.index.numpy(), E)
-        at = step - (step - slot) % C  # the last step that was written there
-        assert sorted(zip(at[0], envs[0])) == sorted([*zip(oldest + first, env)] * 3)
-        assert (at == at[0] + np.arange(T)[:, None]).all() and (envs == envs[0]).all()
-        found = [batch.obs, batch.action, *batch.expert, batch.reward[:, :, None]]
-        found += [batch.terminated[:, :, None], batch.next_obs]
-        assert torch.equal(torch.cat(found, 2), rows[at, envs])
+        slots, envs = np.divmod(batch.index.numpy(), E)
+        steps_sampled = step - (step - slots) % C  # the last step that was written to each slot
+        assert sorted(zip(steps_sampled[0], envs[0])) == sorted([*zip(oldest + first, env)] * 3)
+        assert (steps_sampled == steps_sampled[0] + np.arange(T)[:, None]).all() and (envs == envs[0]).all()
+        columns = [batch.obs, batch.action, *batch.expert, batch.reward[:, :, None]]
+        columns += [batch.terminated[:, :, None], batch.next_obs]
+        assert torch.equal(torch.cat(columns, 2), rows[steps_sampled, envs])
     assert buffer.episode_step.tolist() == (episode == ended.sum(0)).sum(0).tolist()
 
 
 # --- checkpoints
 
 
-def test_a_checkpoint_damaged_anywhere_is_refused_or_as_good_as_whole(tmp_path):
+def test_damaged_checkpoint_is_rejected_or_equal(tmp_path):
+    """One bit is flipped (bit 0 to 7), or the file is truncated (bit 8)."""
     bmpc.save_checkpoint(bmpc.Run(*bmpc.resolve_args(bmpc.parse_args(BASE)), CPU), tmp_path)
-    whole, intact = (tmp_path / "checkpoint.pt").read_bytes(), bmpc.read_checkpoint(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    intact = bmpc.read_checkpoint(tmp_path)
 
     @fuzz(60)
-    @given(st.integers(0, len(whole) - 1), st.integers(0, 8))
-    def check(place, bit):  # of which one is flipped, or everything from there on is cut off
-        changed = bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :] if bit < 8 else b""
-        (tmp_path / "checkpoint.pt").write_bytes(whole[:place] + changed)
+    @given(st.integers(0, len(content) - 1), st.integers(0, 8))
+    def check(position, bit):
+        damaged = content[:position]
+        if bit < 8:
+            damaged += bytes([content[position] ^ (1 << bit)]) + content[position + 1 :]
+        path.write_bytes(damaged)
         try:
-            assert same(bmpc.read_checkpoint(tmp_path), intact), place
-        except bmpc.RunError as failure:
-            assert "checkpoint.pt cannot be used" in str(failure) and "\n" not in str(failure)
+            assert same(bmpc.read_checkpoint(tmp_path), intact), position
+        except bmpc.RunError as e:
+            assert "checkpoint.pt cannot be used" in str(e) and "\n" not in str(e)
 
     check()

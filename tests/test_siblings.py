@@ -1,6 +1,6 @@
-"""The three scripts are one: they differ in tagged seams alone; without the variant's flags they compute the same bits.
+"""The three scripts differ only in tagged seams, and compute the same bits without the flags of the variants.
 
-`python tests/test_siblings.py` prints the table SEAMS as the files are now.
+`python tests/test_siblings.py` prints the table SEAMS of the current files.
 """
 
 import ast
@@ -24,8 +24,8 @@ TAG = re.compile(r"\[V(\d+)\]")
 PLUMBING = "# ======== Plumbing"
 MAX_FUNCTION_LINES = 60
 
-# For each seam: the number and checksum of the lines that it replaces, and the number of its own lines. A change of the
-# replaced lines in one script only is a fix that did not reach the other scripts.
+# For each seam: the number and checksum of the lines that it replaces, and the number of lines that it has instead. If
+# the checksum changes, the lines were changed in the older script; the sibling may need the same change.
 SEAMS = {
     "bmpc_multihead.py": {
         1: (0, 0, 15),
@@ -51,45 +51,46 @@ SEAMS = {
 
 
 def load(script: str):
-    """A script as a module."""
+    """Import a script."""
     return importlib.import_module(script.removesuffix(".py"))
 
 
 def code(script: str) -> tuple[list[str], int]:
-    """A script's lines below its docstring, and where they begin."""
+    """Return the lines of a script below its docstring, and the number of lines before them."""
     source = (ROOT / script).read_text()
     skip = ast.parse(source).body[0].end_lineno
     return source.splitlines(keepends=True)[skip:], skip
 
 
 def hunks(older: str, sibling: str):
-    """The hunks of `diff -U0` below the docstrings: seam, line, what the older script has and the sibling instead."""
+    """Yield the differences below the docstrings: seam, line number, lines of the older script and of the sibling."""
     (a, _), (b, skip) = code(older), code(sibling)
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        if kind != "equal":  # a line that the dual policy changes again has both its tags
+        if kind != "equal":  # a line that both siblings change has two tags, and the later one counts
             yield max(map(int, TAG.findall("".join(b[k:m]))), default=None), skip + k + 1, a[i:j], b[k:m]
 
 
 def seam_table(older: str, sibling: str) -> dict[int, tuple[int, int, int]]:
-    """For each seam: lines replaced, their checksum, own lines."""
+    """Return for each seam the number and checksum of the lines replaced, and the number of lines instead."""
     table = {}
     for seam, _, old, new in hunks(older, sibling):
-        replaced, crc, own = table.get(seam, (0, 0, 0))
-        table[seam] = (replaced + len(old), zlib.crc32("".join(old).encode(), crc), own + len(new))
+        num_old, checksum, num_new = table.get(seam, (0, 0, 0))
+        table[seam] = (num_old + len(old), zlib.crc32("".join(old).encode(), checksum), num_new + len(new))
     return table
 
 
 def listed(sibling: str) -> list[int]:
-    """The seams that a script's docstring lists, in its order."""
+    """Return the seams listed in the docstring of a script, in order."""
     return [int(n) for n in re.findall(r"^\s+\[V(\d+)\] ", load(sibling).__doc__, re.M)]
 
 
 @pytest.mark.parametrize("older, sibling", PAIRS)
-def test_every_difference_is_in_a_tagged_seam_and_the_lines_under_it_did_not_drift(older, sibling):
-    now, then = seam_table(older, sibling), SEAMS[sibling]
-    drifted = [hunk for hunk in hunks(older, sibling) if now[hunk[0]] != then.get(hunk[0])]
-    told = "See that the change is in both scripts, then write the new table, which this file prints."
-    assert now == then, (told, drifted)
+def test_scripts_differ_only_in_known_seams(older, sibling):
+    actual = seam_table(older, sibling)
+    expected = SEAMS[sibling]
+    changed = [hunk for hunk in hunks(older, sibling) if actual[hunk[0]] != expected.get(hunk[0])]
+    message = "Check that the change is in both scripts, then copy the new table, which this file prints when executed."
+    assert actual == expected, (message, changed)
 
 
 def test_the_headers_list_the_seams_in_order():
@@ -111,7 +112,7 @@ def test_the_plumbing_is_the_same_text(older, sibling):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_functions_are_short_and_have_type_hints_and_docstrings(script):
-    """Lambdas and functions inside functions need no docstring, and methods of a base class do not repeat its own."""
+    """Only functions and classes at the top level need docstrings."""
     module = ast.parse((ROOT / script).read_text())
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef):
@@ -128,26 +129,28 @@ def test_functions_are_short_and_have_type_hints_and_docstrings(script):
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("arguments", [["format", "--check", "--diff"], ["check"]], ids=lambda words: words[0])
-def test_ruff_has_nothing_to_say(arguments):
+@pytest.mark.parametrize("arguments", [["format", "--check", "--diff"], ["check"]], ids=lambda arguments: arguments[0])
+def test_ruff(arguments):
     files = [*SCRIPTS, "tests", "sweep_list/report.py"]
-    ran = subprocess.run([sys.executable, "-m", "ruff", *arguments, *files], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    command = [sys.executable, "-m", "ruff", *arguments, *files]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def fields(script: str):
-    """A script's flags, by name."""
+    """Return the fields of a script's Args by name."""
     return load(script).Args.__dataclass_fields__
 
 
-# --- small runs, in this process and on this CPU
+# --- small runs in this process, on the CPU
 
 
-def whole(script, directory, **flags):
-    """A whole run with evaluations: the Run, the numbers it logged but for speeds, the actions of evaluations."""
+def run_with_evaluations(script, directory, **flags):
+    """Make a whole run. Returns the Run, the rows it logged except speeds, and the actions of its evaluations."""
     sizes = dict(learning_starts=20, total_timesteps=80, utd_ratio=0.5, eval_freq=40, log_freq=20, reanalyze_interval=5)
     args = small_args(script, **sizes | flags)
-    envs, eval_envs = FakeEnvs([9, 7], terminal=(1,) if args.episodic else ()), FakeEnvs([5, 6])
+    envs = FakeEnvs([9, 7], terminal=(1,) if args.episodic else ())
+    eval_envs = FakeEnvs([5, 6])
     run = start(args, envs, script=script)
     train(run, envs, directory, eval_envs, script=script)
     return run, numbers(directory), [action.tolist() for action in eval_envs.sent]
@@ -155,7 +158,7 @@ def whole(script, directory, **flags):
 
 FLAGS = {
     "defaults": {},
-    "all at once": dict(
+    "all flags": dict(
         utd_ratio=0.5, td_horizon=3, num_rollouts=2, imagine_initial_source="replay_true", encoder_consistency_coef=0.5,
         td_target_use_ema_policy=True, policy_trust_region_coef=0.3, initial_expert_from_behavior=False, episodic=True,
         reanalyze_use_chosen_action=False, entropy_coef=1e-3, reanalyze_horizon=2, reanalyze_log_std_min=-2.0,
@@ -166,18 +169,20 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_without_the_variants_flags_the_scripts_compute_the_same_bits(flags, tmp_path):
-    """60 decisions after warm-up, 20 pretraining updates and 30 more, 6 reanalyses, evaluations."""
-    (run, *told), *others = [whole(load(name), tmp_path / name, **FLAGS[flags]) for name in SCRIPTS]
+def test_scripts_compute_the_same_bits(flags, tmp_path):
+    """Without the flags of the variants: 60 decisions after warm-up, 20 pretraining updates and 30 later ones, 6 calls
+    of reanalyze, 2 evaluations.
+    """
+    results = [run_with_evaluations(load(name), tmp_path / name, **FLAGS[flags]) for name in SCRIPTS]
+    (run, rows, actions), *others = results
     assert (run.global_step, run.updates, run.pretraining_updates) == (80, 30, 20)
-    assert [step for step, _, tag, _ in told[0] if tag == "eval/episodic_return"] == [40, 80]
-    expert = run.buffer.split_rows(run.buffer.rows).expert.mean[:10]
-    assert (expert != 0).any()  # of warm-up rows, N(0, 1) until reanalyze
-    for name, (other, *others_told) in zip(SCRIPTS[1:], others, strict=True):
-        mine, theirs = (
-            load("bmpc.py").checkpoint_contents(x) | {"args": {}, "training_seconds": 0.0} for x in (run, other)
-        )
-        assert differences(mine, theirs) == [] and told == others_told, name
+    assert [step for step, _, tag, _ in rows if tag == "eval/episodic_return"] == [40, 80]
+    warm_up_means = run.buffer.split_rows(run.buffer.rows).expert.mean[:10]
+    assert (warm_up_means != 0).any()  # they are zero until reanalyze replaces them
+    contents = lambda run: load("bmpc.py").checkpoint_contents(run) | {"args": {}, "training_seconds": 0.0}
+    for name, (other, other_rows, other_actions) in zip(SCRIPTS[1:], others, strict=True):
+        assert differences(contents(run), contents(other)) == [], name
+        assert rows == other_rows and actions == other_actions, name
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A toy environment, `--task toy:Toy-v0`, and others that fail in one way each."""
+"""A toy environment, `--task toy:Toy-v0`, and variants that each have one fault."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Toy(gym.Env):
-    """A point on a line is pushed; the reward is larger near the middle. What is to `happen` may at the 25th step."""
+    """Push a point on a line; the reward is larger near the middle. `happen` names a fault, mostly at the 25th step."""
 
     metadata = {"render_modes": ["rgb_array"]}
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -36,7 +36,7 @@ class Toy(gym.Env):
         raise RuntimeError("this simulator has no pictures")
 
     def step(self, action):
-        assert self.happen != "Terminates" or self.t < self.length  # nobody plays on
+        assert self.happen != "Terminates" or self.t < self.length  # no step after the end of an episode
         self.steps, self.t = self.steps + 1, self.t + 1
         self.speed = 0.9 * self.speed + 0.1 * float(action[0] - action[1])
         self.x += 0.1 * self.speed

@@ -1,9 +1,9 @@
-"""Starts runs as processes of their own without importing torch and the simulators anew for each.
+"""A fork server: starts runs as separate processes without importing torch and the simulators for each of them.
 
-Reads one JSON request a line from stdin and forks; the child runs the `main()` of the script as `python bmpc.py ARGV`,
-in a session of its own, with its own directory, output files, environment variables and, if asked, a moment at which
-something happens to it (moments.py). Writes the child's process id and at its end its exit code, minus the number of
-a signal that ended it, to a file. With --fresh it imports nothing beforehand, for what depends on how a process begins.
+It reads one JSON request per line from stdin and forks. The child runs the `main()` of a script as `python bmpc.py
+ARGV` would, in its own session, with its own directory, output files, environment variables and optional faults
+(moments.py). The process id of the child and, when it ends, its exit code, or minus the number of the signal that ended
+it, are written to a file. With --fresh, nothing is imported beforehand, for tests that depend on how a process starts.
 """
 
 import importlib
@@ -16,8 +16,8 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 
-def become(request):
-    """Turns this freshly forked process into the run that `request` describes. Returns its exit code."""
+def run_request(request):
+    """Run, in this newly forked process, the script that `request` describes. Returns the exit code."""
     os.setsid()
     os.chdir(request["cwd"])
     for fd, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
@@ -34,12 +34,13 @@ def become(request):
 
 
 def preload():
+    """Import everything that takes long."""
     import gymnasium
     import shimmy
     import torch
 
     importlib.import_module("bmpc")
-    torch.use_deterministic_algorithms(True)  # imports what takes long
+    torch.use_deterministic_algorithms(True)  # imports further modules
     gymnasium.register_envs(shimmy)
     gymnasium.make("dm_control/cartpole-swingup-v0", disable_env_checker=True).close()  # imports dm_control
 
@@ -50,10 +51,11 @@ def main():
     for line in sys.stdin:
         if os.fork():
             continue
-        request = json.loads(line)  # in a process that waits for the run
+        # This process starts the run and waits for it
+        request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            sys.exit(become(request))
+            sys.exit(run_request(request))
         with open(request["status"], "a") as file:
             print(pid, file=file, flush=True)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=file, flush=True)
