@@ -2,14 +2,16 @@
 
 BMPC extends TD-MPC2 (Hansen et al., ICLR 2024, https://arxiv.org/abs/2310.16828). A world model predicts rewards and
 latent states. A planner (MPPI) optimizes action sequences in latent space and selects every action. The policy is
-trained to imitate the planner, the value function predicts the return of that policy, and both guide the planner.
+trained to imitate the planner, the value function predicts the return of that policy, and both guide the planner. Its
+target is the expert, the planner's Gaussian over actions, which the replay buffer stores with every transition.
+Reanalyze plans again for some stored states and replaces their experts.
 
     python bmpc.py                                            # dog-run, 200 000 decisions, on a GPU if there is one
     python bmpc.py --task cheetah-run --seed 2 --utd-ratio 4  # another task, another seed, an ablation flag
     python bmpc.py --preset small --task cartpole-swingup     # small networks and a small task, for a CPU
     python bmpc.py --evaluate runs/dog-run__bmpc__1           # evaluate a trained agent; --capture-video records it
 
-The same command resumes a run that was stopped. A run writes to runs/<task>__<exp_name>__<seed>/ only.
+The same command resumes a run that was stopped. A run writes only to runs/<task>__<exp_name>__<seed>[__<run_name>]/.
 
 Dimensions in docstrings and shape comments; "..." stands for any leading dimensions:
 
@@ -137,11 +139,11 @@ class Args:
     eval_freq: Resumable[NonNegativeInt] = 10_000
     """decisions (agent steps) between two evaluations; 0: never evaluate"""
     eval_episodes: Resumable[PositiveInt] = 10
-    """episodes per evaluation, first with the planner, then with the policy alone"""
+    """episodes per evaluation with the planner, and as many with the policy alone"""
     log_freq: Resumable[NonNegativeInt] = 1_000
     """decisions between two log entries of losses and speed; 0: never log them"""
     checkpoint_freq: Resumable[NonNegativeInt] = 10_000
-    """decisions between two checkpoints; 0: only when the run ends or is stopped"""
+    """decisions between two checkpoints; 0: only when the run starts, ends or is stopped"""
     keep_replay: Resumable[bool] = True
     """keep the replay buffer in the checkpoint of a finished run (some 450 MB for dog-run); off: delete it when the run
     finishes, so that the run can be evaluated but not continued"""
@@ -163,7 +165,7 @@ class Args:
     """simulator steps per decision; their rewards are summed. None: 2 for dm_control, 1 otherwise"""
     episodic: bool | None = None
     """learn to predict terminations; required if episodes can end other than by a time limit. None: off for dm_control,
-    whose episodes only end by a time limit, on otherwise. --episodic and --no-episodic set it"""
+    on otherwise. --episodic and --no-episodic set it"""
     discount: UnitFloat | None = None
     """discount per decision; None: clip((n/denom - 1)/(n/denom), min, max) for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
@@ -260,7 +262,7 @@ class Args:
     temperature: PositiveFloat = 0.5
     """inverse temperature: the weights of the elites are softmax(temperature x return)"""
     eval_sample_elite: bool = False
-    """in evaluation, execute a sampled elite instead of the best (official)"""
+    """in evaluation, execute a sampled elite (official) instead of the best one"""
 
     # --- expert
     reanalyze_interval: NonNegativeInt = 10
@@ -276,7 +278,7 @@ class Args:
     expert_std_scale: PositiveFloat = 1.5
     """factor on the std of the expert in the policy loss (official: 1)"""
     expert_std_min: NonNegativeFloat = 0.1
-    """minimum std of the expert in the policy loss (official: 0); without effect below min_std x expert_std_scale"""
+    """minimum std of the expert in the policy loss (official: 0); no effect if below min_std x expert_std_scale"""
 
     # --- speed
     compile: Resumable[bool] = True
@@ -288,11 +290,11 @@ class Args:
 
     # --- ablations
     reanalyze_use_chosen_action: bool = True
-    """mean of the expert, when acting and in reanalyze: the chosen action; off: the mean of the plan (JAX). Sweep 2c:
-    which target should the policy imitate?"""
+    """mean of the expert: the chosen action, that is the first action of the sampled elite, when acting as
+    chosen_action_noise says; off: the mean of the plan (JAX). Sweep 2c: which target should the policy imitate?"""
     chosen_action_noise: bool = True
-    """the chosen action of an acting plan is the executed one, with exploration noise; off: the sampled elite, as in
-    reanalyze (official). What is executed does not change. Belongs to sweep 2c"""
+    """when acting, the chosen action is the executed one, with exploration noise; off: the sampled elite without noise
+    (official), as in reanalyze. What is executed does not change. Belongs to sweep 2c"""
     initial_expert_from_behavior: bool = True
     """the first expert of a transition is the plan that was executed; off: a separate plan, which does not start from
     the previous one. Sweep 2c: which is the better first target?"""
@@ -543,7 +545,7 @@ class WorldModel(nn.Module):
 def policy_gaussian(policy: nn.Module, z: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Compute mean and std of the policy at z (..., L): (..., A), (..., A).
 
-    Only the mean is squashed by tanh, so that the KL to the expert has a closed form. Samples are clipped.
+    tanh squashes the mean, not the samples, so that the KL to the expert has a closed form. Samples are clipped.
     """
     mean, log_std = policy(z).chunk(2, -1)
     low, high = args.log_std_min, args.log_std_max
@@ -569,7 +571,7 @@ def rollout_return(
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
     Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). Rewards of a
-    single step from a shared z are (1, ...). After a predicted termination (probability above 0.5), all counts as 0.
+    single step from a shared z are (1, ...). After a predicted termination (probability above 0.5), all terms are 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -621,7 +623,7 @@ def sample_plan_noise(
 
 
 def candidate_scores(rewards: Tensor, values: Tensor) -> Tensor:
-    """Average the predicted returns over heads: (H, S, N), (Q, H, S, N) -> (S, N). Not finite: -1e9."""
+    """Average the predicted returns over heads: (H, S, N), (Q, H, S, N) -> (S, N). Non-finite scores: -1e9."""
     scores = rewards.mean(0) + values.mean((0, 1))
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
 
@@ -733,7 +735,7 @@ def run_planner(
 
 
 def planner_rollouts_per_state(args: Args) -> int:
-    """Count the rollouts of an iteration of MPPI for each state."""
+    """Bound the rollouts per state in an iteration of MPPI, from which the size of chunks on a CPU follows."""
     return args.num_samples
 
 
@@ -771,7 +773,7 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """All random numbers of an update, except those of reanalyze. They are inputs, as those of a plan."""
+    """All random numbers of an update, except those of reanalyze. They are inputs, like those of a plan."""
 
     td: Tensor  # (R, td_horizon, T, B, A) standard normal, for the policy in the value targets
     dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1; not yet scaled
@@ -885,7 +887,7 @@ def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
 
 
 def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Compute the loss of the policy: KL(policy || expert) over its running scale (BMPC: expert imitation).
+    """Compute the loss of the policy: KL(policy || expert), divided by its running scale (BMPC: expert imitation).
 
     Optional terms: an entropy bonus, and a trust region around the EMA policy.
     z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new scale and metrics.
@@ -934,7 +936,7 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Adam, args: Args) -> Ten
     loss.backward()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm(grads)
-    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # as clip_grad_norm_, without its epsilon
+    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # like clip_grad_norm_, without its epsilon
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -984,7 +986,7 @@ def update(
 class ReplayBuffer:
     """A ring buffer of C vector steps on the device. A vector step has E rows, one transition of each environment.
 
-    Arrays on the host track at which rows a window starts: T consecutive transitions of one episode, finished or not.
+    Host arrays record where windows start. A window is T consecutive transitions of one episode, finished or not.
     """
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
@@ -1018,14 +1020,15 @@ class ReplayBuffer:
     ) -> None:
         """Add a vector step: obs and next_obs (E, O), action (E, A), expert (E, A), reward and terminated (E,).
 
-        On the host, (E,): ended, whether the episode ended, by termination or truncation; failed, whether the simulator
-        failed, so that the row is not a transition.
+        ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
+        simulator failed, so that the row is not a transition.
         """
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
         self.valid_start[self.step % self.capacity] = False
         self.episode_step += ~failed
         self.step += 1
+        # This row completes the window that starts horizon - 1 rows earlier
         is_valid = (self.episode_step >= self.horizon) & ~failed
         self.valid_start[(self.step - self.horizon) % self.capacity] = is_valid
         self.start_indices = np.flatnonzero(self.valid_start)
@@ -1208,7 +1211,7 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # In the interval in which pretraining ends, later updates overwrite the metrics of pretraining
+        # Groups share names. The later group wins, so updates replace pretraining updates of the same interval
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
@@ -1283,7 +1286,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
                 run.accumulate_metrics(metrics)
             envs.step_async(to_host(action))
 
-        # Learn from the transitions so far, while the simulators run
+        # Do the updates of this step while the simulators run, on earlier transitions
         while run.updates < updates_due(args, run.global_step + args.num_envs):
             train_step(run, pretraining=False)
 
@@ -1313,7 +1316,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class OutputStream:
-    """Wraps stdout or stderr. Output that nobody can read any more, as after `| tee` was killed, is discarded."""
+    """Wraps stdout or stderr. Output that nobody reads any more, as when `| tee` was killed, is discarded."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1410,7 +1413,7 @@ def render_options(env_id: str) -> dict[str, Any]:
     return options
 
 
-MAX_ENV_ERRORS = 10  # so many failed episodes in a row stop the run
+MAX_ENV_ERRORS = 10  # this many failed episodes in a row stop the run
 
 
 class TruncateOnError(gym.Wrapper):
@@ -1585,7 +1588,7 @@ class FinishedEpisode(NamedTuple):
 
 
 class EnvStep(NamedTuple):
-    """One step of all environments, on the device except for `ended`."""
+    """One step of all environments, on the device except for `ended` and `failed`."""
 
     next_obs: Tensor  # (E, O) observation after the step, also where it ended the episode
     reward: Tensor  # (E,)
@@ -1601,7 +1604,7 @@ def finish_step(run: Run, envs: Envs) -> EnvStep:
     with record_function("environment"):
         next_obs, reward, terminated, truncated, errors = envs.step_wait()
     if terminated.any() and not run.args.episodic:
-        advice = "start a new run without --no-episodic and with --run-name NAME"
+        advice = "start a new run with --episodic and --run-name NAME"
         raise UsageError(f"{run.args.env_id} ended an episode by termination; {advice}")
     run.global_step += envs.num_envs
     run.episode_return += torch.from_numpy(reward)
@@ -1670,7 +1673,9 @@ def replay_unfinished_episodes(run: Run, envs: Envs, obs: np.ndarray) -> np.ndar
     is_complete = buffer.episode_step <= buffer.capacity
     steps = np.where(is_complete, buffer.episode_step, 0)  # (E,) decisions to repeat
     obs = envs.start_episodes(np.ones(envs.num_envs, bool), episode_keys, obs)
-    for remaining in range(steps.max(), 0, -1):  # all episodes end together; shorter ones are reset when they start
+    for remaining in range(
+        steps.max(), 0, -1
+    ):  # all replays finish together; shorter ones are reset before their first step
         actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
         envs.step_async(actions * (steps >= remaining)[:, None])
         obs, _, terminated, truncated, _ = envs.step_wait()
@@ -1802,7 +1807,7 @@ def setup_torch(args: Args) -> torch.device:
     return device
 
 
-CPU_CHUNK_ROLLOUTS = 2048  # the activations of so many rollouts fit the cache of a CPU
+CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit the cache of a CPU
 
 
 def make_functions(args: Args, device: torch.device) -> Functions:
@@ -1829,7 +1834,7 @@ def chunk_size(num_states: int, args: Args) -> int:
 def compile_functions(args: Args, device: torch.device) -> Functions:
     """Apply torch.compile to all functions. Compilation itself happens at their first calls."""
     try:
-        with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # torch warns of itself
+        with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # torch warns about itself
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as e:
         print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
@@ -2111,7 +2116,7 @@ class MetricsLogger:
             self.tensorboard.add_scalar(tag, value, step)
 
     def flush(self) -> None:
-        """Flush everything to disk. A checkpoint is written only after the log entries before it."""
+        """Flush everything to disk. Checkpoints are written after the log entries of earlier steps."""
         os.fsync(self.file.fileno())
         self.tensorboard.flush()
 
@@ -2323,7 +2328,7 @@ class RunController:
         return None
 
     def save(self) -> None:
-        """Write a checkpoint, after the log entries before it."""
+        """Flush the log, then write a checkpoint."""
         self.logger.flush()
         save_checkpoint(self.run, self.directory)
 
@@ -2384,7 +2389,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def checkpoint_directory(path: str) -> Path:
-    """Return the run directory given to --resume or --evaluate, as such or by its checkpoint.pt."""
+    """Return the run directory given to --resume or --evaluate, as a directory or as its checkpoint.pt."""
     return Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
 
 
@@ -2473,7 +2478,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def make_eval_envs(args: Args) -> Envs:
-    """Make the environments of an evaluation: as few as finish it in the same number of rounds of episodes."""
+    """Make the environments of an evaluation: the fewest that need no more rounds of episodes than num_envs would."""
     rounds = math.ceil(args.eval_episodes / args.num_envs)
     return Envs(args, math.ceil(args.eval_episodes / rounds), args.capture_video)
 
@@ -2596,7 +2601,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(argv: list[str] | None) -> int:
     """Parse the command line and train or evaluate. Returns the exit code."""
-    warnings.simplefilter("ignore")  # simulators and torch's compiler warn of what users cannot change
+    warnings.simplefilter("ignore")  # simulators and torch's compiler warn about what users cannot change
     args = parse_args(argv)
     if args.capture_video:
         select_renderer()

@@ -4,30 +4,32 @@ BMPC: Bootstrapped Model Predictive Control (Wang et al., ICLR 2025, https://arx
 from bmpc.py are marked in the code. [V1] to [V8] are those of bmpc_multihead.py:
 
     [V1] Flags.
-    [V2] The dynamics are H independent networks, rolled out in parallel from the same encoded state. Candidates of the
-         policy, value training and imitation follow head 0; predicted returns are means over heads.
-    [V3] Each plan reports how much the heads disagree about its elites; logged where H > 1.
+    [V2] The dynamics are H independent networks, rolled out in parallel from the same encoded state. The policy's
+         candidates follow head 0, and value heads and policy train on its states; predicted returns and value targets
+         are means over heads.
+    [V3] Each plan reports how much the heads disagree about its elites; logged if H > 1 or with two policies.
     [V4] The score of a candidate is the mean of its H x Q return estimates, plus a coefficient times their standard
-         deviation. Acting, reanalyze and evaluation have a coefficient each.
+         deviation. Acting, reanalyze and evaluation each have their own coefficient.
     [V5] In value targets, all dynamics heads share the first action; later actions are sampled for each head.
     [V6] The value heads share one target, or each bootstraps from its own target network.
-    [V7] The disagreement of the heads about the last latent state of the rollouts; logged where H > 1.
-    [V8] Optional: learning rates that grow with the number of heads.
+    [V7] A metric: how much the dynamics heads disagree about the last latent state of a rollout; logged if H > 1.
+    [V8] Optional: learning rates proportional to the number of heads.
 
-With --dual-policy-enabled:
+Without --dual-policy-enabled, this script computes the same numbers as bmpc_multihead.py. With it:
 
     [V9] Flags, and their checks.
     [V10] A second, optimistic policy with its own weights, EMA copy and KL scale.
     [V11] The replay buffer holds an expert for each policy.
-    [V12] Each policy imitates its own expert. The loss is the sum of both; they share an optimizer and gradient clip.
+    [V12] Each policy imitates its own expert. The loss is the sum; they share an optimizer and gradient clipping.
     [V13] Acting uses candidates of the optimistic policy; evaluation and value targets use the pessimistic policy. Each
-          policy has expert plans of its own, with its own candidates and its own coefficient of the std.
+          policy has expert plans of its own, with its own candidates and its own coefficient of the std; that of the
+          optimistic policy is planner_value_std_coef_train, in reanalyze too.
 
     python bmpc_dual_policy.py --dual-policy-enabled --planner-num-dynamics-heads 2 --planner-value-std-coef-train 1
     python bmpc_dual_policy.py --dual-policy-enabled --planner-value-std-coef-train 1 --policy-value-std-coef -1
     python bmpc_dual_policy.py --evaluate runs/dog-run__bmpc_dual_policy__1  # evaluate a trained agent
 
-The same command resumes a run that was stopped. A run writes to runs/<task>__<exp_name>__<seed>/ only.
+The same command resumes a run that was stopped. A run writes only to runs/<task>__<exp_name>__<seed>[__<run_name>]/.
 
 Dimensions in docstrings and shape comments; "..." stands for any leading dimensions:
 
@@ -155,11 +157,11 @@ class Args:
     eval_freq: Resumable[NonNegativeInt] = 10_000
     """decisions (agent steps) between two evaluations; 0: never evaluate"""
     eval_episodes: Resumable[PositiveInt] = 10
-    """episodes per evaluation, first with the planner, then with the policy alone"""
+    """episodes per evaluation with the planner, and as many with the policy alone"""
     log_freq: Resumable[NonNegativeInt] = 1_000
     """decisions between two log entries of losses and speed; 0: never log them"""
     checkpoint_freq: Resumable[NonNegativeInt] = 10_000
-    """decisions between two checkpoints; 0: only when the run ends or is stopped"""
+    """decisions between two checkpoints; 0: only when the run starts, ends or is stopped"""
     keep_replay: Resumable[bool] = True
     """keep the replay buffer in the checkpoint of a finished run (some 450 MB for dog-run); off: delete it when the run
     finishes, so that the run can be evaluated but not continued"""
@@ -181,7 +183,7 @@ class Args:
     """simulator steps per decision; their rewards are summed. None: 2 for dm_control, 1 otherwise"""
     episodic: bool | None = None
     """learn to predict terminations; required if episodes can end other than by a time limit. None: off for dm_control,
-    whose episodes only end by a time limit, on otherwise. --episodic and --no-episodic set it"""
+    on otherwise. --episodic and --no-episodic set it"""
     discount: UnitFloat | None = None
     """discount per decision; None: clip((n/denom - 1)/(n/denom), min, max) for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
@@ -278,7 +280,7 @@ class Args:
     temperature: PositiveFloat = 0.5
     """inverse temperature: the weights of the elites are softmax(temperature x return)"""
     eval_sample_elite: bool = False
-    """in evaluation, execute a sampled elite instead of the best (official)"""
+    """in evaluation, execute a sampled elite (official) instead of the best one"""
 
     # --- expert
     reanalyze_interval: NonNegativeInt = 10
@@ -294,7 +296,7 @@ class Args:
     expert_std_scale: PositiveFloat = 1.5
     """factor on the std of the expert in the policy loss (official: 1)"""
     expert_std_min: NonNegativeFloat = 0.1
-    """minimum std of the expert in the policy loss (official: 0); without effect below min_std x expert_std_scale"""
+    """minimum std of the expert in the policy loss (official: 0); no effect if below min_std x expert_std_scale"""
 
     # --- speed
     compile: Resumable[bool] = True
@@ -306,11 +308,11 @@ class Args:
 
     # --- ablations
     reanalyze_use_chosen_action: bool = True
-    """mean of the expert, when acting and in reanalyze: the chosen action; off: the mean of the plan (JAX). Sweep 2c:
-    which target should the policy imitate?"""
+    """mean of the expert: the chosen action, that is the first action of the sampled elite, when acting as
+    chosen_action_noise says; off: the mean of the plan (JAX). Sweep 2c: which target should the policy imitate?"""
     chosen_action_noise: bool = True
-    """the chosen action of an acting plan is the executed one, with exploration noise; off: the sampled elite, as in
-    reanalyze (official). What is executed does not change. Belongs to sweep 2c"""
+    """when acting, the chosen action is the executed one, with exploration noise; off: the sampled elite without noise
+    (official), as in reanalyze. What is executed does not change. Belongs to sweep 2c"""
     initial_expert_from_behavior: bool = True
     """the first expert of a transition is the plan that was executed; off: a separate plan, which does not start from
     the previous one. Sweep 2c: which is the better first target?"""
@@ -340,20 +342,21 @@ class Args:
     planner_value_std_coef_eval: FiniteFloat = 0.0
     """the same weight in evaluation"""
     reanalyze_value_std_coef: FiniteFloat = 0.0
-    """the same weight in reanalyze, whose plans the policy imitates"""
+    """the same weight in reanalyze; experts made when acting use planner_value_std_coef_train"""
     local_td_bootstrap: bool = False
     """each value head bootstraps from its own target network; off: all share the mean target. Sweep 2b: do independent
     targets keep the value heads diverse?"""
     ensemble_lr_scaling: bool = False
-    """multiply the learning rate of the dynamics heads by H and that of the value heads by Q / 5 (5: the default Q)"""
+    """multiply the learning rate of the dynamics heads by H and that of the value heads by Q / 5 (5 is Q at the default
+    model size)"""
     # [V9] sweep 2h
     dual_policy_enabled: bool = False
-    """add an optimistic policy, which proposes candidates when acting; the other, pessimistic policy does so in
-    evaluation and acts in value targets. initial_expert_from_behavior and chosen_action_noise then apply to the expert
-    of the optimistic policy only. Sweep 2h: does optimism improve exploration if it stays out of the values?"""
+    """add an optimistic policy, which proposes candidates when acting; the other, pessimistic policy proposes them in
+    evaluation and selects the actions in value targets. initial_expert_from_behavior and chosen_action_noise then apply
+    to the expert of the optimistic policy only. Sweep 2h: does optimism outside of the values help exploration?"""
     policy_value_std_coef: FiniteFloat = 0.0
     """with two policies, weight of the standard deviation in the scores of the plans that the pessimistic policy
-    imitates"""
+    imitates; below 0 it is pessimistic, 0 is neutral"""
 
 
 def resolve_algorithm_args(args: Args) -> Args:
@@ -587,11 +590,11 @@ class WorldModel(nn.Module):
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         needs_ema_policy = args.td_target_use_ema_policy or args.policy_trust_region_coef > 0
         self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False) if needs_ema_policy else None
-        self.optimistic_policy = None  # [V10]
+        self.optimistic_policy = None  # [V10] if there is one, self.policy is the pessimistic policy
         self.optimistic_ema_policy = None  # [V10]
         if args.dual_policy_enabled:  # [V10]
-            variant_generator = seeded_generator(args.seed, "variant policy", device="cpu")
-            self.optimistic_policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], variant_generator)
+            optimistic_generator = seeded_generator(args.seed, "variant policy", device="cpu")
+            self.optimistic_policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], optimistic_generator)
             if needs_ema_policy:
                 self.optimistic_ema_policy = copy.deepcopy(self.optimistic_policy).requires_grad_(False)
         # Running scale of the KL, see update_kl_scale; one for each policy [V10]
@@ -601,7 +604,7 @@ class WorldModel(nn.Module):
 def policy_gaussian(policy: nn.Module, z: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Compute mean and std of the policy at z (..., L): (..., A), (..., A).
 
-    Only the mean is squashed by tanh, so that the KL to the expert has a closed form. Samples are clipped.
+    tanh squashes the mean, not the samples, so that the KL to the expert has a closed form. Samples are clipped.
     """
     mean, log_std = policy(z).chunk(2, -1)
     low, high = args.log_std_min, args.log_std_max
@@ -627,7 +630,7 @@ def rollout_return(
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
     Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). Rewards of a
-    single step from a shared z are (1, ...). After a predicted termination (probability above 0.5), all counts as 0.
+    single step from a shared z are (1, ...). After a predicted termination (probability above 0.5), all terms are 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -665,7 +668,7 @@ class Plan(NamedTuple):
     value: Tensor  # (S,) score of the sampled elite
     return_std: Tensor  # (S,) [V3] std of the predicted returns over heads, mean over elites
     bonus_share: Tensor  # (S,) [V3] |bonus| / (|bonus| + |mean return|), where bonus = std_coef x std; mean over elites
-    policy_share: Tensor  # (S,) [V3] share of the elites that the policy proposed
+    proposal_share: Tensor  # (S,) [V3] share of the elites that the policy proposed
 
 
 def sample_plan_noise(
@@ -684,12 +687,13 @@ def sample_plan_noise(
 def candidate_scores(rewards: Tensor, values: Tensor, std_coef: float) -> tuple[Tensor, Tensor]:  # [V4]
     """Compute scores of candidates and the std of their returns over heads: (H, S, N), (Q, H, S, N) -> (S, N) each.
 
-    The score is the mean of the H x Q predicted returns, plus std_coef times their std. Not finite: -1e9. [V4]
+    The score is the mean of the H x Q predicted returns, plus std_coef times their std. Scores that are not finite
+    become -1e9, stds 0. [V4]
     """
     scores = rewards.mean(0) + values.mean((0, 1))
     returns = rewards + values  # (Q, H, S, N) [V4]
     std = (returns - returns.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, N) [V4]
-    if std_coef != 0:  # [V4] so that a score is finite where only its std is not
+    if std_coef != 0:  # [V4] with 0, a std that is not finite must not change the score
         scores = scores + std_coef * std
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9), std.nan_to_num(0.0, 0.0, 0.0)  # [V4]
 
@@ -730,7 +734,7 @@ def mppi_iteration(
 
     z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (S, P); noise: (S, N-P, T, A).
     Returns mean and std (S, T, A), elites (S, num_elites, T, A), best first, their scores and weights (S, num_elites).
-    policy_stds: (S, P), std over heads. Also returns that of the elites, and whether the policy proposed them. [V3]
+    policy_stds: (S, P), over heads. Also returns the stds of the elites and whether the policy proposed them. [V3]
     """
     # Sample action sequences and predict their returns
     samples = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # (S, N-P, T, A)
@@ -822,7 +826,7 @@ def run_planner(
 
 
 def planner_rollouts_per_state(args: Args) -> int:
-    """Count the rollouts of an iteration of MPPI for each state."""
+    """Bound the rollouts per state in an iteration of MPPI, from which the size of chunks on a CPU follows."""
     return args.num_samples * args.planner_num_dynamics_heads  # [V2]
 
 
@@ -834,7 +838,7 @@ def shift_plan(mean: Tensor) -> Tensor:
 class Expert(NamedTuple):
     """Diagonal Gaussians over actions that the policy imitates.
 
-    With two policies, the experts of the pessimistic and the optimistic one side by side, (..., 2A). [V11]
+    With two policies, the pessimistic and the optimistic expert are concatenated: (..., 2A). [V11]
     """
 
     mean: Tensor  # (..., A)
@@ -868,7 +872,7 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """All random numbers of an update, except those of reanalyze. They are inputs, as those of a plan."""
+    """All random numbers of an update, except those of reanalyze. They are inputs, like those of a plan."""
 
     td: Tensor  # (H or 1, R, td_horizon, T, B, A) [V5] standard normal, for the policy in the value targets
     dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1; not yet scaled
@@ -881,7 +885,7 @@ def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[s
     shape = (args.num_rollouts, args.td_horizon, T, B, action_dim)
     td = torch.randn(shape, generator=generator, device=generator.device)
     td = td[None]  # [V5]
-    if args.td_horizon > 1:  # [V5] the other heads sample actions of their own; the first ones are not used
+    if args.td_horizon > 1:  # [V5] later actions differ between heads; all heads share the first
         other_heads = (args.planner_num_dynamics_heads - 1, *shape)
         td = torch.cat([td, torch.randn(other_heads, generator=make_generator("heads"), device=td.device)])
     dropout_mask = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
@@ -895,9 +899,11 @@ def td_target(model: WorldModel, policy: nn.Module, z: Tensor, eps: Tensor, args
 
     y = sum over k < td_horizon of gamma^k r_k, plus gamma^td_horizon times the mean of the target value heads.
     z: (T, B, L); eps: (H or 1, R, td_horizon, T, B, A) [V5]. Returns (1, R, T, B): one target for all value heads, the
-    mean over dynamics heads. With local_td_bootstrap (Q, R, T, B): a target for each value head [V6].
+    mean over dynamics heads. With local_td_bootstrap (Q, R, T, B): each bootstraps from its own target head [V6].
     """
-    select_action = lambda k, z: sample_action(policy, z, eps[: len(z), :, k], args)  # (1, then H, R, T, B, A) [V5]
+    select_action = lambda k, z: sample_action(
+        policy, z, eps[: len(z), :, k], args
+    )  # (1, R, T, B, A) for k = 0, then (H, R, T, B, A) [V5]
     rewards, values = rollout_return(model, z[None, None], select_action, args.td_horizon, model.target_value, args)
     if args.local_td_bootstrap:  # [V6]
         return (rewards + values).mean(1)
@@ -993,7 +999,7 @@ def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
 def imitation_loss(  # [V12]
     policy: nn.Module, ema_policy: nn.Module | None, scale: Tensor, z: Tensor, expert: Expert, args: Args
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Compute the loss of one policy: KL(policy || expert) over its running scale (BMPC: expert imitation).
+    """Compute the loss of one policy: KL(policy || expert), divided by its running scale (BMPC: expert imitation).
 
     Optional terms: an entropy bonus, and a trust region around the EMA policy.
     z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new scale and metrics.
@@ -1021,14 +1027,16 @@ def imitation_loss(  # [V12]
 
 
 def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Add up the losses of both policies. [V12]
+    """Compute the loss of the policy, or the sum over both policies. [V12]
 
-    z: (T, B, L), states of the rollout; expert: (T, B, 2A). Returns the loss, the new scales and metrics.
+    z: (T, B, L), states of the rollout; expert: (T, B, A), with two policies (T, B, 2A). Returns the loss, the new
+    scales and metrics.
     """
     if not args.dual_policy_enabled:
         return imitation_loss(model.policy, model.ema_policy, model.kl_scale, z, expert, args)
     scale, optimistic_scale = model.kl_scale
-    expert, optimistic_expert = map(Expert, *(x.chunk(2, -1) for x in expert))  # (T, B, A) each
+    (mean, optimistic_mean), (std, optimistic_std) = (x.chunk(2, -1) for x in expert)  # (T, B, A) each
+    expert, optimistic_expert = Expert(mean, std), Expert(optimistic_mean, optimistic_std)
     loss, scale, metrics = imitation_loss(model.policy, model.ema_policy, scale, z, expert, args)
     optimistic_loss, optimistic_scale, optimistic_metrics = imitation_loss(
         model.optimistic_policy, model.optimistic_ema_policy, optimistic_scale, z, optimistic_expert, args
@@ -1058,8 +1066,10 @@ def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, to
     device = model.kl_scale.device.type
     options = dict(fused=device in ("cpu", "cuda"), capturable=device == "cuda")
     world_optimizer = torch.optim.Adam(groups, **options)
-    policies = nn.ModuleList([model.policy] + [model.optimistic_policy] * args.dual_policy_enabled)  # [V12]
-    policy_optimizer = torch.optim.Adam(policies.parameters(), lr=args.lr, eps=1e-5, **options)  # [V12]
+    policy_params = [*model.policy.parameters()]  # [V12]
+    if args.dual_policy_enabled:  # [V12]
+        policy_params += model.optimistic_policy.parameters()
+    policy_optimizer = torch.optim.Adam(policy_params, lr=args.lr, eps=1e-5, **options)  # [V12]
     return world_optimizer, policy_optimizer
 
 
@@ -1068,7 +1078,7 @@ def optimizer_step(loss: Tensor, optimizer: torch.optim.Adam, args: Args) -> Ten
     loss.backward()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm(grads)
-    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # as clip_grad_norm_, without its epsilon
+    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # like clip_grad_norm_, without its epsilon
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -1120,7 +1130,7 @@ def update(
 class ReplayBuffer:
     """A ring buffer of C vector steps on the device. A vector step has E rows, one transition of each environment.
 
-    Arrays on the host track at which rows a window starts: T consecutive transitions of one episode, finished or not.
+    Host arrays record where windows start. A window is T consecutive transitions of one episode, finished or not.
     """
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
@@ -1155,14 +1165,15 @@ class ReplayBuffer:
     ) -> None:
         """Add a vector step: obs and next_obs (E, O), action (E, A), expert (E, A), reward and terminated (E,).
 
-        On the host, (E,): ended, whether the episode ended, by termination or truncation; failed, whether the simulator
-        failed, so that the row is not a transition.
+        ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
+        simulator failed, so that the row is not a transition.
         """
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
         self.valid_start[self.step % self.capacity] = False
         self.episode_step += ~failed
         self.step += 1
+        # This row completes the window that starts horizon - 1 rows earlier
         is_valid = (self.episode_step >= self.horizon) & ~failed
         self.valid_start[(self.step - self.horizon) % self.capacity] = is_valid
         self.start_indices = np.flatnonzero(self.valid_start)
@@ -1251,11 +1262,11 @@ def act(
         std_coef = args.policy_value_std_coef
         pessimistic = run_planner(plan_fn, model, model.policy, obs, no_mean, generator, args, std_coef)
         expert = join_experts(make_expert(pessimistic, pessimistic.elite_action, args), expert)
-        metrics["planner/pessimistic_proposal_share"] = pessimistic.policy_share.mean()
+        metrics["planner/pessimistic_proposal_share"] = pessimistic.proposal_share.mean()
     if args.planner_num_dynamics_heads > 1 or args.dual_policy_enabled:  # [V3] [V13]
         metrics["planner/return_disagreement"] = behavior.return_std.mean()
         metrics["planner/bonus_share"] = behavior.bonus_share.mean()
-        metrics["planner/proposal_share"] = behavior.policy_share.mean()
+        metrics["planner/proposal_share"] = behavior.proposal_share.mean()
     return behavior.action, expert, behavior.mean, metrics
 
 
@@ -1367,7 +1378,7 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # In the interval in which pretraining ends, later updates overwrite the metrics of pretraining
+        # Groups share names. The later group wins, so updates replace pretraining updates of the same interval
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
@@ -1442,7 +1453,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
                 run.accumulate_metrics(metrics)
             envs.step_async(to_host(action))
 
-        # Learn from the transitions so far, while the simulators run
+        # Do the updates of this step while the simulators run, on earlier transitions
         while run.updates < updates_due(args, run.global_step + args.num_envs):
             train_step(run, pretraining=False)
 
@@ -1472,7 +1483,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class OutputStream:
-    """Wraps stdout or stderr. Output that nobody can read any more, as after `| tee` was killed, is discarded."""
+    """Wraps stdout or stderr. Output that nobody reads any more, as when `| tee` was killed, is discarded."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1569,7 +1580,7 @@ def render_options(env_id: str) -> dict[str, Any]:
     return options
 
 
-MAX_ENV_ERRORS = 10  # so many failed episodes in a row stop the run
+MAX_ENV_ERRORS = 10  # this many failed episodes in a row stop the run
 
 
 class TruncateOnError(gym.Wrapper):
@@ -1744,7 +1755,7 @@ class FinishedEpisode(NamedTuple):
 
 
 class EnvStep(NamedTuple):
-    """One step of all environments, on the device except for `ended`."""
+    """One step of all environments, on the device except for `ended` and `failed`."""
 
     next_obs: Tensor  # (E, O) observation after the step, also where it ended the episode
     reward: Tensor  # (E,)
@@ -1760,7 +1771,7 @@ def finish_step(run: Run, envs: Envs) -> EnvStep:
     with record_function("environment"):
         next_obs, reward, terminated, truncated, errors = envs.step_wait()
     if terminated.any() and not run.args.episodic:
-        advice = "start a new run without --no-episodic and with --run-name NAME"
+        advice = "start a new run with --episodic and --run-name NAME"
         raise UsageError(f"{run.args.env_id} ended an episode by termination; {advice}")
     run.global_step += envs.num_envs
     run.episode_return += torch.from_numpy(reward)
@@ -1829,7 +1840,9 @@ def replay_unfinished_episodes(run: Run, envs: Envs, obs: np.ndarray) -> np.ndar
     is_complete = buffer.episode_step <= buffer.capacity
     steps = np.where(is_complete, buffer.episode_step, 0)  # (E,) decisions to repeat
     obs = envs.start_episodes(np.ones(envs.num_envs, bool), episode_keys, obs)
-    for remaining in range(steps.max(), 0, -1):  # all episodes end together; shorter ones are reset when they start
+    for remaining in range(
+        steps.max(), 0, -1
+    ):  # all replays finish together; shorter ones are reset before their first step
         actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
         envs.step_async(actions * (steps >= remaining)[:, None])
         obs, _, terminated, truncated, _ = envs.step_wait()
@@ -1961,7 +1974,7 @@ def setup_torch(args: Args) -> torch.device:
     return device
 
 
-CPU_CHUNK_ROLLOUTS = 2048  # the activations of so many rollouts fit the cache of a CPU
+CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit the cache of a CPU
 
 
 def make_functions(args: Args, device: torch.device) -> Functions:
@@ -1988,7 +2001,7 @@ def chunk_size(num_states: int, args: Args) -> int:
 def compile_functions(args: Args, device: torch.device) -> Functions:
     """Apply torch.compile to all functions. Compilation itself happens at their first calls."""
     try:
-        with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # torch warns of itself
+        with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # torch warns about itself
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as e:
         print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
@@ -2270,7 +2283,7 @@ class MetricsLogger:
             self.tensorboard.add_scalar(tag, value, step)
 
     def flush(self) -> None:
-        """Flush everything to disk. A checkpoint is written only after the log entries before it."""
+        """Flush everything to disk. Checkpoints are written after the log entries of earlier steps."""
         os.fsync(self.file.fileno())
         self.tensorboard.flush()
 
@@ -2482,7 +2495,7 @@ class RunController:
         return None
 
     def save(self) -> None:
-        """Write a checkpoint, after the log entries before it."""
+        """Flush the log, then write a checkpoint."""
         self.logger.flush()
         save_checkpoint(self.run, self.directory)
 
@@ -2543,7 +2556,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def checkpoint_directory(path: str) -> Path:
-    """Return the run directory given to --resume or --evaluate, as such or by its checkpoint.pt."""
+    """Return the run directory given to --resume or --evaluate, as a directory or as its checkpoint.pt."""
     return Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
 
 
@@ -2632,7 +2645,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def make_eval_envs(args: Args) -> Envs:
-    """Make the environments of an evaluation: as few as finish it in the same number of rounds of episodes."""
+    """Make the environments of an evaluation: the fewest that need no more rounds of episodes than num_envs would."""
     rounds = math.ceil(args.eval_episodes / args.num_envs)
     return Envs(args, math.ceil(args.eval_episodes / rounds), args.capture_video)
 
@@ -2755,7 +2768,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(argv: list[str] | None) -> int:
     """Parse the command line and train or evaluate. Returns the exit code."""
-    warnings.simplefilter("ignore")  # simulators and torch's compiler warn of what users cannot change
+    warnings.simplefilter("ignore")  # simulators and torch's compiler warn about what users cannot change
     args = parse_args(argv)
     if args.capture_video:
         select_renderer()

@@ -56,5 +56,5 @@ def plan(model, policy, obs, prev_mean, noise, args, std_coef=None):
     elite_std = return_std.gather(1, elite_index)
     bonus = std_coef * elite_std
     bonus_share = abs(bonus) / (abs(bonus) + abs(elite_scores - bonus))
-    policy_share = (elite_index < P).to(z.dtype)
-    return [*fields, elite_std.mean(1), bonus_share.mean(1), policy_share.mean(1)]
+    proposal_share = (elite_index < P).to(z.dtype)
+    return [*fields, elite_std.mean(1), bonus_share.mean(1), proposal_share.mean(1)]

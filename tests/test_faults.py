@@ -156,8 +156,8 @@ def test_a_full_shared_memory_is_named(monkeypatch):
 
 def test_episodes_that_terminate_need_no_flag_and_the_advice_without_it_works(tmp_path):
     line = error_of(run_task(tmp_path, "Short", "--horizon", 1, "--no-episodic"), 2)
-    assert "start a new run without --no-episodic and with --run-name NAME" in line
-    run = run_task(tmp_path, "Short", "--horizon", 1, "--run-name", "mine")
+    assert "start a new run with --episodic and --run-name NAME" in line
+    run = run_task(tmp_path, "Short", "--horizon", 1, "--episodic", "--run-name", "mine")
     assert run.code == 0, run
     assert "losses/termination" in {tag for _, _, tag, _ in numbers(tmp_path / "runs" / "Short-v0__bmpc__1__mine")}
 

@@ -358,7 +358,7 @@ FAILURES = {
     "ToyBroken": "10 episodes in a row failed, the last one by RuntimeError: this simulator fails",
     "ToyUnmade": "the process of an environment died",
     "ToyRender --eval-freq 20 --capture-video": "step 20: the process of an environment died",
-    "ToyTerminates --no-episodic": "ended an episode by termination; start a new run without --no-episodic",
+    "ToyTerminates --no-episodic": "ended an episode by termination; start a new run with --episodic",
     "Toy --lr 1e30": r"step \d+: losses/\S+ is not finite",
 }
 
