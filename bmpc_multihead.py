@@ -1894,7 +1894,10 @@ def make_functions(args: Args, device: torch.device) -> Functions:
     if device.type == "cuda":
         plan_fn = clone_outputs(functions.plan)
         return functions._replace(plan=plan_fn, world_model_loss=start_graph_step(functions.world_model_loss))
-    return functions._replace(plan=plan_in_chunks(functions.plan, functools.partial(chunk_size, args=args)))
+    if device.type == "cpu":
+        plan_fn = plan_in_chunks(functions.plan, functools.partial(chunk_size, args=args))
+        return functions._replace(plan=plan_fn)
+    return functions
 
 
 def chunk_size(num_states: int, args: Args) -> int:
