@@ -27,8 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # a ring of 30 steps that wraps around, an evaluation and a line of losses at one step, every kind of draw in use.
 RUN = "--action-repeat 10 --learning-starts 20 --steps 90 --utd-ratio 1.5 --buffer-size 60".split()
 RUN += ["--env-kwargs", '{"task_kwargs": {"time_limit": 2}}']
-RUN += "--reanalyze-interval 4 --eval-freq 50 --log-freq 10 --checkpoint-freq 20".split()
-RUN += "--no-initial-expert-from-behavior --td-target-use-ema-policy".split()
+RUN += "--eval-freq 50 --log-freq 10 --checkpoint-freq 20".split()
+RUN_TDMPC2 = list(RUN)
+RUN += "--reanalyze-interval 4 --no-initial-expert-from-behavior --td-target-use-ema-policy".split()
 TOY = "--learning-starts 12 --steps 80 --eval-freq 0 --log-freq 10 --checkpoint-freq 20 --iterations 1".split()
 
 
@@ -128,6 +129,11 @@ def whole_and_struck(cwd, moments, *flags, **options):
 @pytest.mark.parametrize("script", sorted(path.stem for path in runs.ROOT.glob("bmpc_*.py")))
 def test_the_scripts_beside_it_survive_too(tmp_path, script):
     whole_and_struck(tmp_path, SIBLINGS, *RUN, script=script)
+
+
+def test_td_mpc2_survives_too(tmp_path):
+    kills = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "run_planner", 60, "evaluate")]
+    whole_and_struck(tmp_path, kills, *RUN_TDMPC2, script="tdmpc2")
 
 
 ASKED = [

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import bmpc
 import bmpc_dual_policy
 import bmpc_multihead
+import tdmpc2
 
 META = torch.device("meta")
 EMPTY = torch.ops.aten.empty.memory_format
@@ -190,17 +191,16 @@ class Launches(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("script", [bmpc, bmpc_multihead, bmpc_dual_policy], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [bmpc, bmpc_multihead, bmpc_dual_policy, tdmpc2], ids=lambda script: script.__name__)
 def test_how_much_is_launched_beside_the_graphs(monkeypatch, script):
     """Of an update and of a vector step, with default flags; the first of each makes moments and sums."""
-    envs, args = FakeEnvs([50, 70]), small_args(script, reanalyze_interval=0)
+    envs, args = FakeEnvs([50, 70]), small_args(script, **{} if script is tdmpc2 else {"reanalyze_interval": 0})
     launches = Launches(monkeypatch, script)
     run = start(args, envs, launches.functions, script)
     for _ in range(8):
         envs.step_async(None)
-        script.store_step(
-            run, envs, *script.random_action(args, TASK.action_dim, run.make_generator("act")), run.prev_mean
-        )
+        acted = script.random_action(args, TASK.action_dim, run.make_generator("act"))
+        script.store_step(run, envs, *([acted] if script is tdmpc2 else acted), run.prev_mean)
 
     def vector_step():
         *acted, metrics = script.act(run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator)

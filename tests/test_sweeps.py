@@ -21,7 +21,7 @@ from runs import patiently
 
 import bmpc
 
-SCRIPTS = ["bmpc", "bmpc_multihead", "bmpc_dual_policy"]
+SCRIPTS = ["bmpc", "bmpc_multihead", "bmpc_dual_policy", "tdmpc2"]
 
 # The plan once more, written down apart from the folders: sweep -> script and the values of its flags.
 HEADS = {"planner_num_dynamics_heads": [2], "ensemble_lr_scaling": [True]}
@@ -135,7 +135,14 @@ def test_seeds():
     """They replace those of the settings and of a sweep that has its own, and reach what is included."""
     lines = Lab().dry_run("2c", "1_test", "--seeds", "1,2,3,4,5")
     assert found(lines) == planned(["1_test", "2c_expert_source"], (1, 2, 3, 4, 5))
-    numbers = {"0_dog_run": 1, "0_baseline": 5, "0_ablations": 24, "0_rehearsal": 24, "0_3a_combined": 2}
+    numbers = {
+        "0_dog_run": 1,
+        "0_baseline": 5,
+        "0_ablations": 24,
+        "0_rehearsal": 24,
+        "0_3a_combined": 2,
+        "0_tdmpc2": 10,
+    }
     for sweep, number in numbers.items():
         lines = Lab().dry_run(sweep, SWEEPS_SEEDS="7,9")
         assert Counter(parse(line).seed for line in lines) == {7: number, 9: number}
@@ -149,6 +156,9 @@ def test_a_sweep_that_names_its_baseline_is_compared_with_it(tmp_path):
     assert Lab(cwd=tmp_path).run("0_3a_combined", "--report").returncode == 0
     page = (tmp_path / "runs/report/report.md").read_text()
     assert "0 of 10 runs, baseline 0 of 10\n" in page
+    lines = Lab().dry_run("0_tdmpc2")
+    assert len(lines) == 50 and Counter(line.split()[1] for line in lines) == {"tdmpc2.py": 25, "bmpc.py": 25}
+    assert set(Lab().dry_run("0_baseline")) < set(lines)  # BMPC's runs are those of 0_baseline, with two more seeds
 
 
 TASKS = "cup-catch finger-turn-easy pointmass-easy dm_control/walker-walk-v0 gymnasium:Pendulum-v1".split()
