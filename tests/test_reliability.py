@@ -132,7 +132,7 @@ def test_the_scripts_beside_it_survive_too(tmp_path, script):
 
 
 def test_td_mpc2_survives_too(tmp_path):
-    kills = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "run_planner", 60, "evaluate")]
+    kills = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "run_planner", 30, "evaluate")]
     whole_and_struck(tmp_path, kills, *RUN_TDMPC2, script="tdmpc2")
 
 

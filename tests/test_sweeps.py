@@ -201,7 +201,7 @@ def test_a_new_folder_is_a_new_sweep(lab):
     [
         ([], "which sweep"),
         (["2z"], "names 0 of: all 0_cpu/0_3a_combined/"),
-        (["0"], "names 7 of"),
+        (["0"], "names 8 of"),
         (["2a", "--jobs", "0"], "--jobs"),
         (["2a", "--jobs"], "--jobs"),
         (["2a", "--gpus", "0,"], "--gpus"),
