@@ -29,6 +29,7 @@ import contextlib
 import copy
 import ctypes.util
 import dataclasses
+import errno
 import fcntl
 import functools
 import importlib.metadata
@@ -37,18 +38,18 @@ import math
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import traceback
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeVar, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -136,6 +137,9 @@ class Args:
     """decisions between two log entries of losses and speed; 0: never log them"""
     checkpoint_freq: Resumable[NonNegativeInt] = 10_000
     """decisions between two checkpoints; 0: only when the run ends or is stopped"""
+    keep_replay: Resumable[bool] = True
+    """keep the replay buffer in the checkpoint of a finished run (some 450 MB for dog-run); off: delete it when the run
+    finishes, so that the run can be evaluated but not continued"""
     resume: Resumable[str] = ""
     """RUN_DIR: resume the run in this directory, with its arguments as defaults"""
     evaluate: Resumable[str] = ""
@@ -152,8 +156,9 @@ class Args:
     """parallel environments, each in its own process (official: 1; JAX: 4)"""
     action_repeat: PositiveInt | None = None
     """simulator steps per decision; their rewards are summed. None: 2 for dm_control, 1 otherwise"""
-    episodic: bool = False
-    """learn to predict terminations; required if episodes can end other than by a time limit"""
+    episodic: bool | None = None
+    """learn to predict terminations; required if episodes can end other than by a time limit. None: off for dm_control,
+    whose episodes only end by a time limit, on otherwise. --episodic and --no-episodic set it"""
     discount: UnitFloat | None = None
     """discount per decision; None: clip((n/denom - 1)/(n/denom), min, max) for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
@@ -989,17 +994,20 @@ class ReplayBuffer:
         terminated: Tensor,
         next_obs: Tensor,
         ended: np.ndarray,
+        failed: np.ndarray,
     ) -> None:
         """Add a vector step: obs and next_obs (E, O), action (E, A), expert (E, A), reward and terminated (E,).
 
-        ended: (E,) on the host, whether the episode ended with this step, by termination or truncation.
+        On the host, (E,): ended, whether the episode ended, by termination or truncation; failed, whether the simulator
+        failed, so that the row is not a transition.
         """
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
         self.valid_start[self.step % self.capacity] = False
-        self.episode_step += 1
+        self.episode_step += ~failed
         self.step += 1
-        self.valid_start[(self.step - self.horizon) % self.capacity] = self.episode_step >= self.horizon
+        is_valid = (self.episode_step >= self.horizon) & ~failed
+        self.valid_start[(self.step - self.horizon) % self.capacity] = is_valid
         self.start_indices = np.flatnonzero(self.valid_start)
         self.episode_step[ended] = 0
 
@@ -1011,8 +1019,8 @@ class ReplayBuffer:
         T, C, E = self.horizon, self.capacity, len(self.episode_step)
         if not len(self.start_indices):
             raise UsageError(
-                f"the replay buffer holds no {T} consecutive decisions of one episode; "
-                "raise --learning-starts or --buffer-size"
+                f"no episode in the replay buffer has {T} decisions, the length of a window; "
+                "start a new run with a smaller --horizon and with --run-name NAME"
             )
         start = self.start_indices[(uniform * len(self.start_indices)).astype(np.int64)]  # (B,)
         index = (start + E * np.arange(T)[:, None]) % (C * E)  # (T, B)
@@ -1161,7 +1169,9 @@ class Run:
         self.prev_mean = torch.zeros(E, args.horizon, A, device=device)  # the next plans start from it
         self.episode = torch.zeros(E, dtype=torch.int64)  # number of the episode
         self.episode_return = torch.zeros(E, dtype=torch.float64)
-        self.finished_episodes: list[tuple[int, int, float, int]] = []  # of the last step: env, episode, return, length
+        self.finished_episodes: list[FinishedEpisode] = []  # of the last step
+        self.env_errors = 0  # episodes that were truncated because the simulator failed
+        self.env_errors_in_a_row = 0  # finished episodes since the last one without a failure
 
     def make_generator(self, purpose: str) -> torch.Generator:
 
@@ -1223,7 +1233,7 @@ def pretrain(run: Run, controller: "RunController") -> None:
 def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, mean: Tensor) -> None:
     """Store the transitions of a step. The next plans start from these means (E, T, A), except in new episodes."""
     step = finish_step(run, envs)  # advances global_step and resets the environments whose episode ended
-    run.buffer.add(run.obs, action, expert, step.reward, step.terminated, step.next_obs, step.ended)
+    run.buffer.add(run.obs, action, expert, step.reward, step.terminated, step.next_obs, step.ended, step.failed)
     run.obs = step.obs
     run.prev_mean = shift_plan(mean) * step.continues[:, None, None]
 
@@ -1277,7 +1287,35 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}"
 
 
-print_line = tqdm.write  # prints a line above the progress bars
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print a line above the progress bars."""
+    tqdm.write(text, file)
+
+
+class OutputStream:
+    """Wraps stdout or stderr. Output that nobody can read any more, as after `| tee` was killed, is discarded."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, or discard it."""
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function: Callable, *args: Any) -> None:
+        """Call a function of the stream. If it fails, all later output goes to /dev/null."""
+        try:
+            function(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------
@@ -1324,10 +1362,11 @@ class ActionRepeat(gym.Wrapper):
         total_reward = 0.0
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, _ = self.env.step(action)
-            total_reward += float(reward)
+            total_reward += np.asarray(reward, np.float64).item()  # some environments return arrays of one element
+            terminated, truncated = np.asarray(terminated).item(), np.asarray(truncated).item()
             if terminated or truncated:
                 break
-        return obs, total_reward, terminated, truncated, {}
+        return obs, total_reward, bool(terminated), bool(truncated), {}
 
     def render_frame(self) -> np.ndarray | None:
         """Render a frame (height, width, 3). Returns None if the environment has no render mode or rendering fails."""
@@ -1341,6 +1380,50 @@ class ActionRepeat(gym.Wrapper):
             return None
 
 
+def render_options(env_id: str) -> dict[str, Any]:
+    """Return the arguments of gymnasium.make for videos: in dm_control the tracking camera that TD-MPC2 uses."""
+    options = {"render_mode": "rgb_array"}
+    if env_id.startswith("dm_control/"):
+        camera_id = 2 if env_id.startswith("dm_control/quadruped") else 0
+        options["render_kwargs"] = {"camera_id": camera_id, "height": 480, "width": 640}
+    return options
+
+
+MAX_ENV_ERRORS = 10  # so many failed episodes in a row stop the run
+
+
+class TruncateOnError(gym.Wrapper):
+    """Truncate an episode if the simulator raises an exception or returns numbers that are not finite.
+
+    Resuming is exact, so without this a simulator that diverges in one episode would stop the run there at every start.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode. If that fails, try again with other seeds, which are derived from this one."""
+        for attempt in range(MAX_ENV_ERRORS):
+            try:
+                self.last_obs, _ = self.env.reset(seed=derive_seed(seed, attempt) if attempt else seed)
+                if not np.isfinite(self.last_obs).all():
+                    raise ValueError("the first observation is not finite")
+                return self.last_obs, {}
+            except Exception as e:  # a simulator can raise anything
+                error = e
+        raise error
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Take a step. One that fails is not part of the episode: the observation before it is returned again."""
+        try:
+            obs, reward, terminated, truncated, _ = self.env.step(action)
+            if not np.isfinite(obs).all():
+                raise ValueError("an observation is not finite")
+            if not np.isfinite(reward):
+                raise ValueError("a reward is not finite")
+        except Exception as e:  # a simulator can raise anything
+            return self.last_obs, 0.0, False, True, {"env_error": describe(e)}
+        self.last_obs = obs
+        return obs, reward, terminated, truncated, {}
+
+
 UNBOUNDED = 1e6  # larger bounds of an action stand for no bounds
 
 
@@ -1351,7 +1434,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     """
     make = functools.partial(gym.make, args.env_id, disable_env_checker=True, **json.loads(args.env_kwargs))
     try:
-        env = make(render_mode="rgb_array") if render else make()
+        env = make(**render_options(args.env_id)) if render else make()
     except TypeError:  # some constructors do not accept render_mode
         env = make()
     obs_space = env.observation_space
@@ -1362,10 +1445,15 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     if not is_float_box or np.abs([action_space.low, action_space.high]).max() >= UNBOUNDED:
         raise UsageError(f"{args.env_id} has the action space {action_space}; a bounded Box of floats is required")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
-    unflatten = lambda action: action.reshape(action_space.shape)
-    env = gym.wrappers.TransformAction(env, unflatten, gym.spaces.flatten_space(action_space))
+    low, high = action_space.low.ravel(), action_space.high.ravel()
+
+    def to_env_action(action: np.ndarray) -> np.ndarray:
+        action = np.where(low == high, low, action)  # RescaleAction returns NaN where the range is empty
+        return action.reshape(action_space.shape)
+
+    env = gym.wrappers.TransformAction(env, to_env_action, gym.spaces.flatten_space(action_space))
     env = gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
-    return ActionRepeat(env, args.action_repeat)
+    return TruncateOnError(ActionRepeat(env, args.action_repeat))
 
 
 def inspect_task(args: Args) -> TaskInfo:
@@ -1379,6 +1467,7 @@ def inspect_task(args: Args) -> TaskInfo:
     dm_env = getattr(env.unwrapped, "_env", None)  # dm_control's own time limit, in simulator steps
     limit = env.spec.max_episode_steps or getattr(dm_env, "_step_limit", math.inf)
     episode_length = math.ceil(limit / args.action_repeat) if math.isfinite(limit) else None
+    env.close()
     return TaskInfo(env.observation_space.shape[0], env.action_space.shape[0], episode_length)
 
 
@@ -1387,6 +1476,8 @@ def env_errors() -> Iterator[None]:
     """Raise whatever goes wrong in an environment as RunError."""
     try:
         yield
+    except RunError:
+        raise
     except (EOFError, ConnectionError) as e:  # the worker closed its end of the pipe
         # These frames hold a half-sent message; collecting them later as garbage crashes Python 3.12
         traceback.clear_frames(e.__traceback__)
@@ -1395,18 +1486,35 @@ def env_errors() -> Iterator[None]:
         raise RunError(f"an environment failed: {describe(e)}") from e
 
 
+CLOSE_SECONDS = 5.0  # time for an environment to close itself
+
+
 class Envs(AsyncVectorEnv):
     """Environments in worker processes, where every episode has a seed of its own.
 
     There is no automatic reset, so the last observation of an episode is returned. All methods raise RunError if an
-    environment fails, its process dies, or an observation or reward is not finite.
+    environment cannot be made or reset, or if its process dies.
     """
 
     @env_errors()
     def __init__(self, args: Args, num_envs: int, render_first: bool = False):
         self.seed = args.seed
         env_fns = [functools.partial(make_env, args, render_first and i == 0) for i in range(num_envs)]
-        super().__init__(env_fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
+        try:
+            super().__init__(env_fns, context="fork", autoreset_mode=AutoresetMode.DISABLED)
+        except ConnectionError:
+            raise
+        except OSError as e:
+            raise RunError(
+                f"cannot start the processes of the environments: {describe(e)}; /dev/shm may be full"
+            ) from e
+
+    def __enter__(self) -> "Envs":
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: Any) -> None:
+        if exc_type is not KeyboardInterrupt:  # a second Ctrl-C does not wait
+            self.close()
 
     def start_episodes(self, mask: np.ndarray, episode_keys: Iterable[tuple], obs: np.ndarray) -> np.ndarray:
         """Start new episodes where mask (E,) is set. Each is seeded from its key, such as (environment, episode).
@@ -1418,30 +1526,41 @@ class Envs(AsyncVectorEnv):
         seeds = [derive_seed(self.seed, *key) for key in episode_keys]
         with env_errors():
             first_obs, _ = self.reset(seed=seeds, options={"reset_mask": mask})
-        self.check_finite(first_obs, "an observation")
         return np.where(mask[:, None], first_obs, obs)
 
     call = env_errors()(AsyncVectorEnv.call)
     step_async = env_errors()(AsyncVectorEnv.step_async)  # starts a step; the simulators run in the background
 
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Wait for the step. Returns obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,)."""
-        with env_errors():
-            obs, reward, terminated, truncated, _ = super().step_wait()
-        self.check_finite(obs, "an observation")
-        self.check_finite(reward, "a reward")
-        return obs, reward, terminated, truncated
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str | None]]:
+        """Wait for the step.
 
-    def check_finite(self, values: np.ndarray, name: str) -> None:
-        """Raise RunError if one of values (E, ...) is not finite."""
-        not_finite = ~np.isfinite(values).reshape(self.num_envs, -1).all(1)
-        if not_finite.any():
-            raise RunError(f"environment {not_finite.argmax()} returned {name} that is not finite")
+        Returns obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,), and for each environment the
+        error that truncated its episode, or None.
+        """
+        with env_errors():
+            obs, reward, terminated, truncated, infos = super().step_wait()
+        errors = infos.get("env_error", [None] * self.num_envs)
+        return obs, reward, terminated, truncated, list(errors)
 
     def close_extras(self, **options: Any) -> None:
-        """Kill the workers: they do not react to a request to close while they step."""
+        """Let the workers close their environments. Kill those that take longer than CLOSE_SECONDS."""
+        for pipe in self.parent_pipes:
+            with contextlib.suppress(OSError):  # the worker has ended
+                pipe.send(("close", None))
+        deadline = time.monotonic() + CLOSE_SECONDS
         for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
+
+
+class FinishedEpisode(NamedTuple):
+    """A training episode that ended with the last step."""
+
+    env_id: int
+    episode: int
+    episode_return: float
+    length: int  # in decisions
+    error: str | None  # of the simulator, if it truncated the episode
 
 
 class EnvStep(NamedTuple):
@@ -1451,6 +1570,7 @@ class EnvStep(NamedTuple):
     reward: Tensor  # (E,)
     terminated: Tensor  # (E,) 1 or 0
     ended: np.ndarray  # (E,) bool, on the host: terminated or truncated
+    failed: np.ndarray  # (E,) bool, on the host: truncated by an error of the simulator, the step does not count
     obs: Tensor  # (E, O) observation to act on next: next_obs, or the first observation of a new episode
     continues: Tensor  # (E,) not ended, as 1 or 0
 
@@ -1458,16 +1578,20 @@ class EnvStep(NamedTuple):
 def finish_step(run: Run, envs: Envs) -> EnvStep:
     """Wait for the step under way, update the episode counters and reset the environments whose episode ended."""
     with record_function("environment"):
-        next_obs, reward, terminated, truncated = envs.step_wait()
+        next_obs, reward, terminated, truncated, errors = envs.step_wait()
     if terminated.any() and not run.args.episodic:
-        raise UsageError(f"{run.args.env_id} ended an episode by termination; add --episodic")
+        advice = "start a new run without --no-episodic and with --run-name NAME"
+        raise UsageError(f"{run.args.env_id} ended an episode by termination; {advice}")
     run.global_step += envs.num_envs
     run.episode_return += torch.from_numpy(reward)
     ended = terminated | truncated
-    lengths = run.buffer.episode_step + 1
-    run.finished_episodes = [
-        (i, int(run.episode[i]), float(run.episode_return[i]), int(lengths[i])) for i in np.flatnonzero(ended).tolist()
-    ]
+    failed = np.array([error is not None for error in errors])
+    lengths = run.buffer.episode_step + ~failed
+    run.finished_episodes = []
+    for i in np.flatnonzero(ended).tolist():
+        episode = FinishedEpisode(i, int(run.episode[i]), float(run.episode_return[i]), int(lengths[i]), errors[i])
+        run.finished_episodes.append(episode)
+    count_env_errors(run)
     run.episode += torch.from_numpy(ended)
     run.episode_return[ended] = 0.0
     obs = envs.start_episodes(ended, enumerate(run.episode.tolist()), next_obs)
@@ -1476,7 +1600,21 @@ def finish_step(run: Run, envs: Envs) -> EnvStep:
     parts = [x.ravel() for x in (obs, next_obs, reward, terminated, ~ended)]
     joined = to_device(np.concatenate(parts, dtype=np.float32), run.obs.device)
     obs, next_obs, reward, terminated, continues = joined.split([x.size for x in parts])
-    return EnvStep(next_obs.view_as(run.obs), reward, terminated, ended, obs.view_as(run.obs), continues)
+    return EnvStep(next_obs.view_as(run.obs), reward, terminated, ended, failed, obs.view_as(run.obs), continues)
+
+
+def count_env_errors(run: Run) -> None:
+    """Count the finished episodes that an error truncated. Raises RunError if MAX_ENV_ERRORS of them come in a row."""
+    for episode in run.finished_episodes:
+        run.env_errors += episode.error is not None
+        run.env_errors_in_a_row = run.env_errors_in_a_row + 1 if episode.error else 0
+        check_env_errors(run.env_errors_in_a_row, episode.error)
+
+
+def check_env_errors(errors_in_a_row: int, error: str | None) -> None:
+    """Raise RunError if too many episodes in a row failed."""
+    if errors_in_a_row >= MAX_ENV_ERRORS:
+        raise RunError(f"{errors_in_a_row} episodes in a row failed, the last one by {error}")
 
 
 def start_run_episodes(run: Run, envs: Envs) -> None:
@@ -1514,7 +1652,7 @@ def replay_unfinished_episodes(run: Run, envs: Envs, obs: np.ndarray) -> np.ndar
     for remaining in range(steps.max(), 0, -1):  # all episodes end together; shorter ones are reset when they start
         actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
         envs.step_async(actions * (steps >= remaining)[:, None])
-        obs, _, terminated, truncated = envs.step_wait()
+        obs, _, terminated, truncated, _ = envs.step_wait()
         starts_now = steps == remaining - 1
         obs = envs.start_episodes(starts_now | terminated | truncated, episode_keys, obs)
     return obs
@@ -1537,6 +1675,7 @@ def run_episodes(
     frames = []
     episode_ids = np.arange(num_envs)  # the episode of each environment; those from eval_episodes on do not count
     next_episode = num_envs
+    errors_in_a_row = 0
     generator = seeded_generator(args.seed, f"evaluation {run.global_step}", device=run.obs.device)
     progress = ProgressBar(f"evaluating {'planner' if use_planner else 'policy alone'}, decisions")
     obs = np.zeros((num_envs, run.obs.shape[1]), np.float32)
@@ -1554,10 +1693,16 @@ def run_episodes(
         else:
             action = policy_action(run.model, device_obs, args)
         envs.step_async(to_host(action))
-        obs, reward, terminated, truncated = envs.step_wait()
+        obs, reward, terminated, truncated, errors = envs.step_wait()
         returns[episode_ids[active]] += reward[active]
         progress.update(num_envs)
         ended = terminated | truncated
+        for i in np.flatnonzero(ended & active):
+            errors_in_a_row = errors_in_a_row + 1 if errors[i] else 0
+            if errors[i]:
+                message = f"evaluation episode {episode_ids[i]} was truncated, because the simulator failed"
+                print_line(f"warning: {message} ({errors[i]})", sys.stderr)
+            check_env_errors(errors_in_a_row, errors[i])
         episode_ids[ended] = next_episode + np.arange(ended.sum())
         next_episode += ended.sum()
         prev_mean[ended] = 0.0
@@ -1741,14 +1886,14 @@ OLDER_CHECKPOINTS = "commit 1775172"  # the last one that reads and writes forma
 EXIT_RESUMABLE = 75  # exit code of a run that was asked to stop; the same command resumes it
 
 
-def checkpoint_contents(run: Run) -> dict[str, Any]:
-    """Collect everything that the future of the run depends on."""
+def checkpoint_contents(run: Run, keep_replay: bool = True) -> dict[str, Any]:
+    """Collect everything that the future of the run depends on; without the replay buffer it cannot be continued."""
     return {
         "format": CHECKPOINT_FORMAT,
         "args": dataclasses.asdict(run.args),
         "model": run.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "buffer": run.buffer.state_dict(),
+        "buffer": run.buffer.state_dict() if keep_replay else None,
         "metrics": run.metrics,
         "global_step": run.global_step,
         "pretraining_updates": run.pretraining_updates,
@@ -1758,14 +1903,16 @@ def checkpoint_contents(run: Run) -> dict[str, Any]:
         "prev_mean": run.prev_mean,
         "episode": run.episode,
         "episode_return": run.episode_return,
-        "finished_episodes": run.finished_episodes,
+        "finished_episodes": [tuple(episode) for episode in run.finished_episodes],
+        "env_errors": run.env_errors,
+        "env_errors_in_a_row": run.env_errors_in_a_row,
     }
 
 
 def restore_run(run: Run, state: dict[str, Any]) -> None:
     """Restore the contents of a checkpoint into a new run with the same arguments."""
     device = run.obs.device
-    run.model.load_state_dict(state["model"])
+    load_model(run.model, state["model"])
     for optimizer, optimizer_state in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)
     run.buffer.load_state_dict(state["buffer"])
@@ -1778,18 +1925,35 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
     run.prev_mean = state["prev_mean"].to(device)
     run.episode = state["episode"]
     run.episode_return = state["episode_return"]
-    run.finished_episodes = state["finished_episodes"]
+    run.finished_episodes = [FinishedEpisode(*episode) for episode in state["finished_episodes"]]
+    run.env_errors = state["env_errors"]
+    run.env_errors_in_a_row = state["env_errors_in_a_row"]
 
 
-def save_checkpoint(run: Run, directory: Path) -> None:
+def load_model(model: WorldModel, state: dict[str, Tensor]) -> None:
+    """Load weights. Raises UsageError, naming a weight, if they do not fit the model."""
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    saved_shapes = {name: tuple(x.shape) for name, x in state.items()}
+    for name in sorted(shapes.keys() | saved_shapes.keys()):
+        shape, saved_shape = shapes.get(name, "missing"), saved_shapes.get(name, "missing")
+        if shape != saved_shape:
+            raise UsageError(f"the checkpoint does not fit the model: {name} is {saved_shape} there and {shape} here")
+    model.load_state_dict(state)
+
+
+def save_checkpoint(run: Run, directory: Path, keep_replay: bool = True) -> None:
     """Write checkpoint.pt. Raises RunError, and writes nothing, if a weight is not finite or the disk is full."""
     is_finite = torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])
     if not to_host(is_finite).all():
         raise RunError("a weight is not finite; the last checkpoint was written before that")
+    contents = checkpoint_contents(run, keep_replay)
     try:
-        atomic_write(directory / "checkpoint.pt", lambda file: torch.save(checkpoint_contents(run), file))
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        raise RunError(f"the checkpoint cannot be written: {describe(e)}") from e
+        atomic_write(directory / "checkpoint.pt", lambda file: torch.save(contents, file))
+    except (OSError, RuntimeError) as e:  # torch.save turns an OSError into a RuntimeError about something else
+        cause = e
+        while not isinstance(cause, OSError) and cause.__context__:
+            cause = cause.__context__
+        raise RunError(f"the checkpoint cannot be written: {describe(cause)}") from e
     print_line(f"checkpoint at {run.global_step}")
 
 
@@ -1810,20 +1974,27 @@ def read_checkpoint(directory: Path) -> dict[str, Any]:
             raise ValueError(f"it has an older format; {OLDER_CHECKPOINTS} of this project reads it")
         if state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"it has format {state['format']}, and this version reads format {CHECKPOINT_FORMAT}")
-        Args(**state["args"])  # raises if a field is unknown
-        return state
+        unknown_args = state["args"].keys() - {field.name for field in dataclasses.fields(Args)}
     except Exception as e:  # a damaged file can raise anything
         raise RunError(f"{path} cannot be used: {describe(e)}") from e
+    if unknown_args:
+        names = ", ".join(sorted(unknown_args))
+        raise UsageError(f"{path} was written by another script, with arguments that this one does not have: {names}")
+    return state
 
 
 def atomic_write(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file under a temporary name, flush it to disk and rename it. Readers see the old or the new file."""
     tmp_path = path.with_suffix(".tmp")
-    with open(tmp_path, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp_path, path)
+    try:
+        with open(tmp_path, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp_path, path)
+    except BaseException:
+        tmp_path.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1838,14 +2009,18 @@ class MetricsLogger:
         """Open the log of a run that starts at, or is resumed at, this step: entries from there on are removed."""
         self.action_repeat = args.action_repeat
         path = directory / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+        lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)[1:] if path.exists() else []
         lines = [line for line in lines if line.endswith("\n")]  # drops a last line that is only partly written
-        kept_lines = [line for line in lines if int(line.split(",")[0]) < step]
+        try:
+            kept_lines = [line for line in lines if int(line.split(",")[0]) < step]
+        except ValueError as e:
+            raise RunError(f"{path} is damaged: {describe(e)}; repair or move it, then resume the run") from e
         text = "".join(["global_step,env_steps,tag,value\n", *kept_lines])
         atomic_write(path, lambda file: file.write(text.encode()))
         if args.track:
             self.start_wandb(directory, args)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        rename_future_event_files(directory)
         self.tensorboard = SummaryWriter(str(directory), purge_step=step)
 
     def start_wandb(self, directory: Path, args: Args) -> None:
@@ -1858,7 +2033,7 @@ class MetricsLogger:
                 entity=args.wandb_entity,
                 config=dataclasses.asdict(args),
                 name=directory.name,
-                id=directory.name,
+                id=wandb_id(directory),
                 dir=str(directory),
                 resume="allow",
                 sync_tensorboard=True,
@@ -1878,6 +2053,28 @@ class MetricsLogger:
         self.tensorboard.flush()
 
 
+def wandb_id(directory: Path) -> str:
+    """Return the Weights & Biases id of the run: a random one, made at its first start and kept in its directory."""
+    path = directory / "wandb_id.txt"
+    if not path.exists():
+        atomic_write(path, lambda file: file.write(uuid.uuid4().hex.encode()))
+    return path.read_text("utf-8")
+
+
+def rename_future_event_files(directory: Path) -> None:
+    """Let event files from the future sort before a new one: TensorBoard reads them in the order of their names.
+
+    Their names contain the time. Files from the future exist if the clock of the machine was set back.
+    """
+    prefix = "events.out.tfevents."
+    paths = sorted(directory.glob(f"{prefix}*"))
+    for i, path in enumerate(paths):
+        timestamp, _, rest = path.name.removeprefix(prefix).partition(".")
+        latest = int(time.time()) - len(paths) + i
+        if int(timestamp) > latest:
+            path.rename(directory / f"{prefix}{latest:010d}.{rest}")
+
+
 def run_directory(args: Args) -> Path:
     """Return runs/<task>__<exp_name>__<seed>[__<run_name>], or the directory given to --resume."""
     if args.resume:
@@ -1888,27 +2085,37 @@ def run_directory(args: Args) -> Path:
 
 
 def lock_directory(directory: Path) -> None:
-    """Lock a run directory until this process ends. Raises UsageError if another process has locked it."""
+    """Lock a run directory until this process ends.
+
+    Raises UsageError if another process has locked it, RunError if the file system has no locks.
+    """
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # a descriptor that is never closed
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes do not inherit it
     except OSError as e:
-        raise UsageError(f"{directory} is in use by another process") from e
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            raise UsageError(f"{directory} is in use by another process") from e
+        raise RunError(f"{directory} cannot be locked: {describe(e)}; use a file system that supports locks") from e
 
 
 def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
     """Raise UsageError if the run in the directory is finished, or if it has other arguments."""
+    new_run = f"start a new run {'without --resume and ' if args.resume else ''}with --run-name NAME"
     old_args, new_args = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
     fixed = [name for name, metadata in field_metadata().items() if RESUMABLE not in metadata]
     changed = [f"{name} {old_args[name]} -> {new_args[name]}" for name in fixed if old_args[name] != new_args[name]]
     if changed:
-        raise UsageError(f"{directory} holds a run with other arguments ({'; '.join(changed)}); give --run-name NAME")
+        raise UsageError(f"{directory} holds a run with other arguments ({'; '.join(changed)}); {new_run}")
     step = state["global_step"]
+    finished = f"{directory} holds a finished run of {step} decisions"
+    if state["buffer"] is None:
+        reason = "it was finished with --no-keep-replay, so it cannot be continued"
+        raise UsageError(f"{finished}; {reason}; evaluate it with --evaluate {directory}, or {new_run}")
     is_finished = (directory / "finished.json").exists()
     # The last checkpoint of a run that was killed in its last evaluation is up to num_envs - 1 past its end
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
-        advice = f"raise --steps to continue it, give --run-name NAME for a new run, or --evaluate {directory}"
-        raise UsageError(f"{directory} holds a finished run of {step} decisions; {advice}")
+        advice = f"continue it with more --steps, evaluate it with --evaluate {directory}, or {new_run}"
+        raise UsageError(f"{finished}; {advice}")
 
 
 def open_run_directory(args: Args) -> tuple[Path, dict[str, Any] | None]:
@@ -1930,12 +2137,32 @@ def open_run_directory(args: Args) -> tuple[Path, dict[str, Any] | None]:
 
 def record_start(path: Path) -> None:
     """Append time, command line, git commit and the versions of Python and all packages to versions.json."""
-    git_describe = "git describe --always --exclude='*' --abbrev=40 --dirty=+changes 2>/dev/null"
-    failed, commit = subprocess.getstatusoutput(f"cd {shlex.quote(str(Path(__file__).parent))} && {git_describe}")
+    starts = []
+    if path.exists():
+        try:
+            starts = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            damaged_path = path.with_suffix(f".damaged.{time.time_ns()}")
+            path.rename(damaged_path)
+            print_line(f"warning: {path} is damaged; it was renamed to {damaged_path.name}", sys.stderr)
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
     start |= {package.name: package.version for package in importlib.metadata.distributions()}
-    start |= {"python": sys.version.split()[0], "git_commit": None if failed else commit}
-    write_json(path, (json.loads(path.read_text()) if path.exists() else []) + [start])
+    start |= {"python": sys.version.split()[0], "git_commit": git_commit(Path(__file__).parent)}
+    write_json(path, [*starts, start])
+
+
+def git_commit(directory: Path) -> str | None:
+    """Return the commit of a checkout, with "+changes" if it has uncommitted changes. None: there is no checkout."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError:  # git is not installed
+        return None
+    if result.returncode == 0:
+        return result.stdout.strip()
+    if "not a git repository" not in result.stderr:
+        print_line(f"warning: the git commit is unknown: {result.stderr.strip().splitlines()[0]}", sys.stderr)
+    return None
 
 
 # --- Progress ---------------------------------------------------------------------------------------------------------
@@ -1963,10 +2190,12 @@ def crossed_multiple(interval: int, step: int, stride: int) -> bool:
 class RunController:
     """Writes checkpoints, evaluates and logs between two steps, and decides when the run ends."""
 
-    def __init__(self, run: Run, eval_envs: Envs | None, log: MetricsLogger, stop_signals: list[int], directory: Path):
+    def __init__(
+        self, run: Run, eval_envs: Envs | None, logger: MetricsLogger, stop_signals: list[int], directory: Path
+    ):
         self.run = run
         self.eval_envs = eval_envs
-        self.log = log
+        self.logger = logger
         self.stop_signals = stop_signals  # signal handlers append to it at any time
         self.directory = directory
         self.progress = ProgressBar("decisions", run.args.total_timesteps, run.global_step)
@@ -2011,17 +2240,19 @@ class RunController:
             returns = evaluate(run, self.eval_envs, self.stop_signals, video_path)
             if returns is None:
                 return self.stop()
-            self.log.add(run.global_step, returns)
+            self.logger.add(run.global_step, returns)
             self.postfix["evaluation"] = f"{returns['eval/episodic_return']:.1f}"
         if is_due(args.log_freq):
             self.log_metrics()
         if is_due(args.eval_freq) or is_due(args.log_freq):
             updates = run.pretraining_updates + run.updates
             counters = {"charts/updates": updates, "charts/training_seconds": run.training_seconds}
-            self.log.add(run.global_step, counters)
+            self.logger.add(run.global_step, counters)
         if done:
-            self.log.flush()
+            self.logger.flush()
             write_json(self.directory / "finished.json", {"total_timesteps": args.total_timesteps})
+            if not args.keep_replay:
+                save_checkpoint(run, self.directory, keep_replay=False)
             return 0
         self.progress.set_postfix(self.postfix, refresh=False)
         self.progress.update(run.global_step - self.progress.n)
@@ -2030,7 +2261,7 @@ class RunController:
 
     def save(self) -> None:
         """Write a checkpoint, after the log entries before it."""
-        self.log.flush()
+        self.logger.flush()
         save_checkpoint(self.run, self.directory)
 
     def stop(self) -> int:
@@ -2041,11 +2272,13 @@ class RunController:
     def log_episodes(self) -> None:
         """Log and print the training episodes that ended with the last step."""
         step = self.run.global_step
-        for env_id, episode, episode_return, length in self.run.finished_episodes:
-            self.log.add(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
-            print_line(
-                f"step {step}: environment {env_id}, episode {episode}: return {episode_return:.1f}, {length} decisions"
-            )
+        for env_id, episode, episode_return, length, error in self.run.finished_episodes:
+            name = f"step {step}: environment {env_id}, episode {episode}"
+            if error:
+                print_line(f"warning: {name}: truncated, because the simulator failed ({error})", sys.stderr)
+                self.logger.add(step, {"charts/env_errors": self.run.env_errors})
+            self.logger.add(step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
+            print_line(f"{name}: return {episode_return:.1f}, {length} decisions")
             self.postfix["return"] = f"{episode_return:.1f}"
 
     def log_metrics(self) -> None:
@@ -2055,7 +2288,7 @@ class RunController:
         start_step, start_seconds = self.speed_start
         if run.global_step > start_step:
             values["charts/SPS"] = (run.global_step - start_step) / (run.training_seconds - start_seconds)
-        self.log.add(run.global_step, values)
+        self.logger.add(run.global_step, values)
         run.metrics.clear()
         self.restart_speed()
 
@@ -2075,11 +2308,21 @@ def field_metadata() -> dict[str, list[Any]]:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line. The defaults are those of a preset, or of the run given to --resume or --evaluate."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags = {"--episodic": "--episodic=True", "--no-episodic": "--episodic=False"}
+    argv = [flags.get(word, word) for word in argv]
     args = tyro.cli(Args, args=argv)  # finds the preset or run that supplies the defaults
     defaults = PRESETS[args.preset]
     if directory := args.evaluate or args.resume:
-        defaults = read_checkpoint(Path(directory))["args"] | {"resume": "", "evaluate": ""}
-    return tyro.cli(Args, args=argv, default=Args(**defaults))
+        defaults = read_checkpoint(checkpoint_directory(directory))["args"] | {"resume": "", "evaluate": ""}
+    args = tyro.cli(Args, args=argv, default=Args(**defaults))
+    paths = {name: str(checkpoint_directory(path)) for name in ("resume", "evaluate") if (path := getattr(args, name))}
+    return dataclasses.replace(args, **paths)
+
+
+def checkpoint_directory(path: str) -> Path:
+    """Return the run directory given to --resume or --evaluate, as such or by its checkpoint.pt."""
+    return Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
 
 
 def check_constraints(args: Args) -> None:
@@ -2099,7 +2342,8 @@ def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
     check_constraints(args)
     env_id = resolve_env_id(args.env_id)
     action_repeat = args.action_repeat or (2 if env_id.startswith("dm_control/") else 1)
-    args = dataclasses.replace(args, env_id=env_id, action_repeat=action_repeat)
+    episodic = not env_id.startswith("dm_control/") if args.episodic is None else args.episodic
+    args = dataclasses.replace(args, env_id=env_id, action_repeat=action_repeat, episodic=episodic)
     task = inspect_task(args)
     if args.discount is None:
         args = dataclasses.replace(args, discount=default_discount(args, task))
@@ -2157,7 +2401,10 @@ def catch_stop_signals() -> list[int]:
         stop_signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, handle_signal)
     return stop_signals
 
@@ -2169,44 +2416,42 @@ def make_eval_envs(args: Args) -> Envs:
 
 def evaluate_checkpoint(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
     """Evaluate the model in a run's checkpoint. Returns the exit code."""
-    eval_envs = make_eval_envs(args)  # worker processes are forked before torch starts threads or CUDA
-    device = setup_torch(args)
-    directory = Path(args.evaluate)
-    state = read_checkpoint(directory)
-    run = Run(dataclasses.replace(args, buffer_size=args.num_envs), task, device)  # no replay data is needed
-    run.global_step = state["global_step"]
-    print_line(f"evaluating {directory} at step {run.global_step}, on {device}")
-    try:
-        run.model.load_state_dict(state["model"])
-    except RuntimeError as e:
-        raise UsageError(f"the model of {directory} does not fit these arguments") from e
-    video_path = directory / "videos" / f"evaluate-{run.global_step}.mp4"
-    returns = evaluate(run, eval_envs, stop_signals, video_path)
-    return 0 if returns else EXIT_RESUMABLE
+    with make_eval_envs(args) as eval_envs:  # worker processes are forked before torch starts threads or CUDA
+        device = setup_torch(args)
+        directory = Path(args.evaluate)
+        state = read_checkpoint(directory)
+        run = Run(dataclasses.replace(args, buffer_size=args.num_envs), task, device)  # no replay data is needed
+        run.global_step = state["global_step"]
+        print_line(f"evaluating {directory} at step {run.global_step}, on {device}")
+        load_model(run.model, state["model"])
+        video_path = directory / "videos" / f"evaluate-{run.global_step}.mp4"
+        returns = evaluate(run, eval_envs, stop_signals, video_path)
+        return 0 if returns else EXIT_RESUMABLE
 
 
 def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
     """Start or resume a run. Returns the exit code."""
-    envs = Envs(args, args.num_envs)  # worker processes are forked before torch starts threads or CUDA
-    eval_envs = make_eval_envs(args) if args.eval_freq else None
-    device = setup_torch(args)
-    if device.type == "cpu" and args.preset == "full":
-        print_line("no GPU found: a full-size run takes days on a CPU; --preset small is made for one")
-    directory, state = open_run_directory(args)
-    print_line(f"{directory}, on {device}")
-    run = Run(args, task, device)
-    if state:
-        restore_run(run, state)
-        del state  # it holds a copy of the replay buffer
-        print_line(f"resuming at step {run.global_step}")
-    start_run_episodes(run, envs)
-    log = MetricsLogger(directory, args, run.global_step)
-    controller = RunController(run, eval_envs, log, stop_signals, directory)
-    try:
-        with profile(directory / "trace.json") if args.profile else contextlib.nullcontext():
-            return train(run, envs, controller)
-    except Exception as e:
-        return explain_failure(run, e, stop_signals)
+    with contextlib.ExitStack() as stack:  # worker processes are forked before torch starts threads or CUDA
+        envs = stack.enter_context(Envs(args, args.num_envs))
+        eval_envs = stack.enter_context(make_eval_envs(args)) if args.eval_freq else None
+        device = setup_torch(args)
+        if device.type == "cpu" and args.preset == "full":
+            print_line("no GPU found: a full-size run takes days on a CPU; --preset small is made for one")
+        directory, state = open_run_directory(args)
+        print_line(f"{directory}, on {device}")
+        run = Run(args, task, device)
+        if args.profile:
+            stack.enter_context(profile(directory / "trace.json"))
+        try:
+            if state:
+                restore_run(run, state)
+                del state  # it holds a copy of the replay buffer
+                print_line(f"resuming at step {run.global_step}")
+            start_run_episodes(run, envs)
+            logger = MetricsLogger(directory, args, run.global_step)
+            return train(run, envs, RunController(run, eval_envs, logger, stop_signals, directory))
+        except Exception as e:
+            return explain_failure(run, e, stop_signals, directory)
 
 
 def profile(path: Path) -> torch.profiler.profile:
@@ -2214,25 +2459,49 @@ def profile(path: Path) -> torch.profiler.profile:
     return torch.profiler.profile(on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def explain_failure(run: Run, error: Exception, stop_signals: list[int]) -> int:
-    """Raise the error with the step it occurred at. Returns the exit code if a stop signal caused it."""
+def explain_failure(run: Run, error: Exception, stop_signals: list[int], directory: Path) -> int:
+    """Raise the error with the step it occurred at. Returns the exit code if a stop signal caused it.
+
+    The traceback of an unexpected error is written to error.txt.
+    """
     try:
         run.mean_metrics()
     except RunError as e:  # a loss that is not finite is the cause of whatever failed later
         raise RunError(f"step {run.global_step}: {e}") from error
     if isinstance(error, (UsageError, RunError, OSError)):
         raise type(error)(f"step {run.global_step}: {error}") from error
-    if not stop_signals:
+    if is_out_of_memory(error):
         raise error
-    print_line(f"warning: {describe(error)}", sys.stderr)  # for example, the signal also interrupted a compiler process
-    return EXIT_RESUMABLE  # the run resumes from the last checkpoint
+    if stop_signals:  # for example, the signal also interrupted a compiler process
+        print_line(f"warning: {describe(error)}", sys.stderr)
+        return EXIT_RESUMABLE  # the run resumes from the last checkpoint
+    path = directory / "error.txt"
+    path.write_text("".join(traceback.format_exception(error)), "utf-8")
+    raise RunError(f"step {run.global_step}: {describe_with_place(error)}; the traceback is in {path}") from error
+
+
+def describe_with_place(error: Exception) -> str:
+    """Describe an exception and where it was raised, in one line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{describe(error)} (in {place.name}, {Path(place.filename).name}, line {place.lineno})"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory is full. On a CPU, torch raises a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def select_renderer() -> None:
-    """Let MuJoCo render without a display. Must be called before MuJoCo is imported."""
-    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
-        found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
-        os.environ["MUJOCO_GL"] = found[0].lower() if found else "disable"
+    """Let MuJoCo use the first renderer that works. Must be called before MuJoCo is imported."""
+    if "MUJOCO_GL" in os.environ:
+        return
+    code = "import mujoco; mujoco.GLContext(64, 64).make_current()"
+    for name in (["glfw"] if "DISPLAY" in os.environ else []) + ["egl", "osmesa"]:
+        environ = os.environ | {"MUJOCO_GL": name}
+        os.environ["MUJOCO_GL"] = name
+        if subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True).returncode == 0:
+            return
+    os.environ["MUJOCO_GL"] = "disable"
 
 
 def print_error(error: Exception | str) -> None:
@@ -2241,32 +2510,42 @@ def print_error(error: Exception | str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Prints an error in one line. Returns the exit code."""
+    """Run the command line. Returns the exit code."""
+    streams = [OutputStream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            return run_command(argv)
+        except UsageError as e:
+            print_error(e)
+            return 2
+        except (RunError, OSError) as e:
+            print_error(e)
+            return 1
+        except Exception as e:
+            memory_advice = "out of memory; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
+            print_error(memory_advice if is_out_of_memory(e) else describe_with_place(e))
+            return 1
+        finally:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+
+def run_command(argv: list[str] | None) -> int:
+    """Parse the command line and train or evaluate. Returns the exit code."""
     warnings.simplefilter("ignore")  # simulators and torch's compiler warn of what users cannot change
-    try:
-        args = parse_args(argv)
-        if args.capture_video:
-            select_renderer()
-        args, task = resolve_args(args)
-        stop_signals = catch_stop_signals()
-        print_line(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
-        if args.evaluate:
-            return evaluate_checkpoint(args, task, stop_signals)
-        return run_training(args, task, stop_signals)
-    except UsageError as e:
-        print_error(e)
-        return 2
-    except (MemoryError, torch.OutOfMemoryError):
-        print_error("out of memory; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size")
-        return 1
-    except (RunError, OSError) as e:
-        print_error(e)
-        return 1
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    args = parse_args(argv)
+    if args.capture_video:
+        select_renderer()
+    args, task = resolve_args(args)
+    stop_signals = catch_stop_signals()
+    print_line(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
+    if args.evaluate:
+        return evaluate_checkpoint(args, task, stop_signals)
+    return run_training(args, task, stop_signals)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # log files are read while the run goes on
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # Log files are read while the run goes on. surrogateescape: names that are not UTF-8 are printed as they are
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape", line_buffering=True)
     sys.exit(main())

@@ -1,221 +1,329 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC1090,SC1091
-# Runs the sweeps of sweep_list/ on this machine or on a SLURM cluster: bash sweeps.sh NAME... [OPTIONS] [-- FLAGS]
+# Run the sweeps of sweep_list/ on this machine or on a SLURM cluster: bash sweeps.sh NAME... [OPTIONS] [-- FLAGS]
 #
-#   NAME             a sweep: its folder's name or what stands before the first underscore (2c, 1_test, 0_baseline);
-#                    `all` is the plan, sweep_list/7_bmpc_equivalence/, without its baseline 1_test
-#   FLAGS            go to every run and win over the sweep's own: -- --task cartpole-swingup --steps 6000
-#   --dry-run        print the commands, one a line, and run nothing
-#   --status         print which runs are done, running, failed and waiting
-#   --report         write runs/report/report.md; --export DIR keeps the finished runs' curves, commands and versions
-#                    in DIR, and the report there
-#   --slurm          submit a job array; --sbatch "--partition=gpu --gres=gpu:1 --time=24:00:00" is handed to sbatch
-#   --seeds 1,2,3    instead of the seeds that the sweeps and their settings name
-#   --jobs N         runs at a time (here 1, with --slurm no limit)
-#   --gpus 0,1,..    share these GPUs among the runs of this machine, one after the other
-# For scripts: SWEEPS_NAMES, SWEEPS_FLAGS, SWEEPS_MODE (dry-run, status, report, slurm), SWEEPS_EXPORT, SWEEPS_SBATCH,
-# SWEEPS_SEEDS, SWEEPS_JOBS and SWEEPS_GPUS say the same, PYTHON names the interpreter.
+#   NAME             a sweep: the name of its folder, or the part of it before an underscore (2c, 1_test, 0_baseline);
+#                    `all` stands for the plan, sweep_list/7_bmpc_equivalence/, without its baseline 1_test
+#   FLAGS            are added to every run and override the sweep's own: -- --task cartpole-swingup --steps 6000
+#   --dry-run        print the command of each run, one per line, and run nothing
+#   --status         print which runs are done, running, failed or waiting
+#   --report         write runs/report/report.md
+#   --export DIR     with --report: copy the curves, commands and versions of the finished runs to DIR, and write the
+#                    report there
+#   --axis AXIS      with --report: draw the curves over decisions, updates or seconds
+#   --slurm          submit a SLURM job array with one task per run
+#   --sbatch OPTIONS with --slurm: options for sbatch, such as "--partition=gpu --gres=gpu:1 --time=24:00:00"
+#   --seeds 1,2,3    use these seeds instead of those in the sweeps and their settings
+#   --jobs N         run at most N runs at a time (default: 1, or one per GPU of --gpus; with --slurm: no limit)
+#   --gpus 0,1,...   distribute the runs on this machine over these GPUs
 #
-# Runs are kept under runs/ of the current directory, their output in runs/logs/. The same command again skips what is
-# done, resumes what was stopped and tries again what failed. Ctrl-C and SIGTERM let every run write its checkpoint.
-# Exit codes, --status included: 0 all done; 1 a run failed; 2 bad input; 75 unfinished, the same command goes on.
+# The environment variables SWEEPS_NAMES, SWEEPS_FLAGS, SWEEPS_MODE (run, dry-run, status, report or slurm),
+# SWEEPS_EXPORT, SWEEPS_AXIS, SWEEPS_SBATCH, SWEEPS_SEEDS, SWEEPS_JOBS and SWEEPS_GPUS mean the same as the arguments.
+# White space of any kind separates the elements of a list; seeds and GPUs may be separated by commas, too. PYTHON is
+# the Python interpreter (default: python, or python3 if there is no python).
+#
+# Runs are written to runs/ in the current directory, their output to runs/logs/. Repeating a command skips the runs
+# that are done, resumes those that were stopped, and retries those that failed. Ctrl-C, SIGTERM and a closed terminal
+# stop the runs; each one writes a checkpoint first.
+# Exit codes, also of --status: 0 all runs are done; 1 a run failed; 2 invalid input; 75 some runs are unfinished, and
+# the same command resumes them.
 set -euo pipefail
 shopt -s nullglob
 
-home=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-lists=$home/sweep_list python=${PYTHON:-python}
+project_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+sweep_list=$project_dir/sweep_list
 
 die() { echo "sweeps.sh: $1" >&2; exit 2; }
 
-# --- What a sweep's folder may say -----------------------------------------------------------------------------------
+# --- Functions that settings.sh and sweep.sh call --------------------------------------------------------------------
 
-seeds() { [[ ${SWEEPS_SEEDS-} ]] || seed_list=("$@"); }
-flags() { common+=("$@"); }          # for every run of the sweep
-question() { asked=$1; }             # the report answers it
+# seeds SEED...: the seeds of the following runs, unless --seeds is given.
+seeds() { ((${#given_seeds[@]})) || seed_list=("$@"); }
+
+# flags FLAG...: flags of all following runs.
+flags() { common_flags+=("$@"); }
+
+# question TEXT: the question that the report answers.
+question() { sweep_question=$1; }
+
+# switch FLAG on|off: print --FLAG or --no-FLAG.
 switch() { if [[ $2 == on ]]; then echo "--$1"; else echo "--no-$1"; fi; }
 
-# run SCRIPT CONFIGURATION FLAGS...: one run for each seed.
+# run SCRIPT CONFIGURATION FLAG...: add one run per seed to the list.
 run() {
-  local script=$1 configuration=$2 name=${sweep}__$2 seed task steps directory command record
+  local script=$1 configuration=$2 run_name=${sweep}__$2 task steps directory_prefix seed directory command record
   shift 2
-  [[ $home -ef $PWD ]] || script=$home/$script
-  task=$(value_of 'task|env[-_]id' "${common[@]}" "$@" "${extra[@]}")
-  steps=$(value_of 'steps|total[-_]timesteps' "${common[@]}" "$@" "${extra[@]}")
-  [[ $task && ${steps//_/} =~ ^[0-9]+$ ]] || die "$sweep: each run needs --task and a whole number of --steps"
+  task=$(flag_value 'task|env[-_]id' "${common_flags[@]}" "$@" "${extra_flags[@]}")
+  steps=$(flag_value 'steps|total[-_]timesteps' "${common_flags[@]}" "$@" "${extra_flags[@]}")
+  steps=${steps//_/}  # the scripts read 200_000, too
+  [[ $task && $steps =~ ^[0-9]+$ ]] || die "$sweep: each run needs --task and --steps, a whole number"
+  ((${#seed_list[@]})) || die "$sweep has no seeds; add the line 'seeds 1 2' to its sweep.sh, or use --seeds 1,2"
+  directory_prefix=runs/$(directory_task_name "$task")__$(basename "$script" .py)
+  [[ $project_dir -ef $PWD ]] || script=$project_dir/$script
   for seed in "${seed_list[@]}"; do
-    directory=runs/$(short_name "$task")__$(basename "$script" .py)__${seed}__$name
-    printf -v command ' %q' "$python" "$script" "${common[@]}" --seed "$seed" --run-name "$name" "$@" "${extra[@]}"
-    [[ ${seen[$directory]-$command} == "$command" ]] || die "$sweep: two of its configurations would share $directory"
-    printf -v record '%s\t' "$directory" "${steps//_/}" "$sweep" "$baseline" "$configuration" "$seed" "$asked"
-    [[ ${seen[$directory]-} ]] || records+=("$record${command# }")    # once, however often the sweep is named
-    seen[$directory]=$command
+    directory=${directory_prefix}__${seed}__$run_name
+    printf -v command ' %q' "$python" "$script" "${common_flags[@]}" --seed "$seed" --run-name "$run_name" "$@" \
+      "${extra_flags[@]}"
+    command=${command# }
+    if [[ ! ${command_of[$directory]-} ]]; then
+      printf -v record '%s\t' "$directory" "$steps" "$sweep" "$baseline" "$configuration" "$seed" "$sweep_question"
+      records+=("$record$command")
+      command_of[$directory]=$command
+    elif [[ ${command_of[$directory]} != "$command" ]]; then
+      die "two configurations of $sweep share the run directory $directory; give them different names"
+    fi  # otherwise its sweep was named twice
   done
 }
 
-# include GROUP [SWEEP]: the sweeps of a group, or one, under the settings that stand. Their runs carry the including
-# sweep's name too.
+# include GROUP [SWEEP]: add the runs of all sweeps of a group, or of one, with the present seeds and flags. Their run
+# names begin with the name of the including sweep.
 include() {
-  local file
-  for file in "$lists/$1"/${2-*}/sweep.sh; do read_sweep "$file" "${sweep}__"; done
+  local file found=''
+  for file in "$sweep_list/$1"/${2-*}/sweep.sh; do
+    [[ -e $file ]] || continue
+    found=1
+    read_sweep "$file" "${sweep}__"
+  done
+  [[ $found ]] || die "$sweep includes ${*}, which is not in $sweep_list; name a GROUP or a GROUP and a SWEEP of it"
 }
 
+# Read a sweep.sh. It may also set `baseline`, the sweep that it is compared with, and `sweep`, its own name.
 read_sweep() {  # FILE [PREFIX]
-  local folder=${1%/*} common=("${common[@]}") seed_list=("${seed_list[@]}")
-  local sweep=${2-}${folder##*/} baseline=${2-}1_test asked=${2-}${folder##*/}
+  local folder=${1%/*} common_flags=("${common_flags[@]}") seed_list=("${seed_list[@]}")
+  local sweep=${2-}${folder##*/} baseline=${2-}1_test sweep_question=${2-}${folder##*/}
   source "$1"
 }
 
-# The value of a flag, given as a pattern of its names. The last one counts, as it does for the scripts.
-value_of() {  # NAME|NAME WORDS...
+# Print the value of a flag, or nothing. PATTERN matches its names. The last occurrence counts, as in the scripts.
+flag_value() {  # PATTERN WORD...
   [[ ! " ${*:2}" =~ .*" --"($1)[=\ ]([^ ]+) ]] || echo "${BASH_REMATCH[-1]}"
 }
 
-# A task as it stands in the name of a run's directory: finger-turn_easy for finger-turn-easy, Pendulum-v1 as it is.
-short_name() {
+# Print the name of a task as the scripts write it in the name of a run directory: finger-turn_easy for
+# finger-turn-easy, Pendulum-v1 unchanged.
+directory_task_name() {  # TASK
   local task=${1##*:} domain
   if [[ $task == dm_control/* || $task != *-v[0-9]* ]]; then
-    task=${task#dm_control/} task=${task%-v0} domain=${task%%-*} task=${task#*-}
-    case $domain in cup) domain=ball_in_cup ;; pointmass) domain=point_mass ;; esac
+    task=${task#dm_control/}
+    task=${task%-v0}
+    domain=${task%%-*}
+    task=${task#*-}
+    case $domain in
+      cup) domain=ball_in_cup ;;
+      pointmass) domain=point_mass ;;
+    esac
     task=$domain-${task//-/_}
   fi
   echo "${task//\//_}"
 }
 
-# --- The runs --------------------------------------------------------------------------------------------------------
+# --- Execution -------------------------------------------------------------------------------------------------------
 
-# What the runs say of themselves: a table, a page, or the records of those that are not done.
-report() { printf '%s\n' "${records[@]}" | "$python" "$lists/report.py" "$@"; }
+# Pass the records to report.py: it prints the status table or the records of unfinished runs, or writes the report.
+report() { printf '%s\n' "${records[@]}" | "$python" "$sweep_list/report.py" "$@"; }
 
-# Starts or resumes the run of a record, and notes at the end of its log how it ended.
-one() {
-  local directory=${1%%$'\t'*} command=${1##*$'\t'} name log cores code last child='' stopped=''
-  name=${directory##*/} log=runs/logs/$name.log
+# Print a line. It is discarded if the terminal or pipe behind standard output is closed, which must not end the runs.
+say() { { echo "$1"; } 2>/dev/null || true; }
+
+# Start or resume the run of a record, and wait for its end. The exit code is appended to the log: --status reads it.
+execute_run() {  # RECORD
+  local directory=${1%%$'\t'*} command=${1##*$'\t'} name log cores exit_code last_line child='' stopped=''
+  name=${directory##*/}
+  log=runs/logs/$name.log
   trap 'stopped=1; [[ ! $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
-  cores=${SLURM_CPUS_PER_TASK:-$(nproc)}                              # shared out, so that runs do not choke each other
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+  cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}  # runs at a time share the cores
   printf '\n== %(%F %T)T  %s\n' -1 "$command" >>"$log"
-  echo "start      $name"
+  say "start      $name"
   eval "exec $command" </dev/null >>"$log" 2>&1 &
   child=$!
-  [[ ! $stopped ]] || kill -TERM "$child" 2>/dev/null || true
-  while kill -0 "$child"; do wait "$child" || true; done 2>/dev/null  # a signal ends the wait, not the run
-  wait "$child" && code=0 || code=$?
-  [[ ! $stopped ]] || ((code <= 128)) || code=75                      # it was stopped before it could listen
-  last=$(tail -n 1 "$log")
-  case $code:$last in
-    0:* | 2:*'holds a finished run'*) echo "done       $name"; code=0 ;; # by another sweeps.sh meanwhile
-    75:*) echo "stopped    $name: goes on where it was the next time" ;;
-    2:*'in use by another process') echo "elsewhere  $name: $last"; code=75 ;;
-    *) echo "FAILED     $name: exit code $code, $log ends: $last" ;;
+  [[ ! $stopped ]] || kill -TERM "$child" 2>/dev/null || true        # a signal arrived before `child` was set
+  while kill -0 "$child"; do wait "$child" || true; done 2>/dev/null  # a signal interrupts `wait`, but not the run
+  wait "$child" && exit_code=0 || exit_code=$?
+  # A run that was stopped while it was starting had no signal handler yet, and nothing to save.
+  if [[ $stopped ]] && ((exit_code > 128)); then exit_code=75; fi
+  last_line=$(tail -n 1 "$log")
+  case $exit_code:$last_line in
+    0:*) say "done       $name" ;;
+    2:*"$directory holds a finished run"*)                            # another sweeps.sh finished it in the meantime
+      say "done       $name"
+      exit_code=0 ;;
+    2:*"$directory is in use by another process")
+      say "in use     $name: another process runs it"
+      exit_code=75 ;;
+    75:*) say "stopped    $name: the same command resumes it" ;;
+    *) say "FAILED     $name: exit code $exit_code, last line of $log: $last_line" ;;
   esac
-  echo "== exit code $code" >>"$log"                                  # --status reads it
-  return "$code"
+  echo "== exit code $exit_code" >>"$log"
+  return "$exit_code"
 }
 
-# Each run has a process group of its own: Ctrl-C reaches this script alone, which passes it on and waits.
+# Execute the unfinished runs on this machine, `jobs` at a time. Each has its own process group, so that Ctrl-C in a
+# terminal reaches only this script, which stops the runs and waits for them.
 run_here() {
-  local record slot pid pids=() gpus jobs stopped=''
-  IFS=, read -ra gpus <<<"${SWEEPS_GPUS-}"
+  local record slot slot_pids=() jobs stopped='' status exit_code=0
   jobs=${SWEEPS_JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
-  trap stop INT TERM HUP
-  for record in "${due[@]}"; do
+  trap stop_runs INT TERM HUP USR1
+  trap '' PIPE                                                        # see `say`
+  for record in "${unfinished[@]}"; do
     slot=0
-    while kill -0 "${pids[slot]-}" 2>/dev/null; do                    # until one of the slots is free
+    while kill -0 "${slot_pids[slot]-}" 2>/dev/null; do               # find or wait for a free slot
       slot=$(((slot + 1) % jobs))
-      ((slot)) || sleep 0.2 || true                                   # Ctrl-C ends it too
+      ((slot)) || sleep 0.2 || true                                   # Ctrl-C interrupts it
     done
     [[ ! $stopped ]] || break
     ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}
     set -m
-    one "$record" &
+    execute_run "$record" &
     set +m
-    pids[slot]=$!
+    slot_pids[slot]=$!
   done
   while [[ $(jobs -rp) ]]; do wait || true; done
-  report --status | tail -n 1
+  status=$(report --status) || exit_code=$?
+  say "${status##*$'\n'}"
+  exit "$exit_code"
 }
 
-stop() {
+stop_runs() {
+  local pid
   stopped=1
-  for pid in $(jobs -rp); do kill -TERM "$pid" || true; done
-  echo "sweeps.sh: stopping; each run writes its checkpoint first" >&2
+  for pid in $(jobs -rp); do kill -TERM "$pid" 2>/dev/null || true; done
+  say "sweeps.sh: stopping; each run writes a checkpoint first" >&2
 }
 
-# A job array over the runs that are due. Their list is written down: the array keeps its runs whatever is edited.
-submit() {
-  local list options
-  printf -v list 'runs/logs/slurm_%(%Y%m%d_%H%M%S)T_%d.runs' -1 $$
-  printf '%s\n' "${due[@]}" >"$list"
-  read -ra options <<<"${SWEEPS_SBATCH-}"
-  sbatch --job-name=sweeps --array="0-$((${#due[@]} - 1))${SWEEPS_JOBS:+%$SWEEPS_JOBS}" --requeue --signal=B:USR1@120 \
-    --open-mode=append --output='runs/logs/slurm_%A_%a.log' "${options[@]}" \
-    --wrap="exec bash $(printf %q "$home/sweeps.sh") --slurm-task $list"
+# Submit a job array for the unfinished runs. Their records are written to a file, so that the tasks of the array do not
+# depend on later changes of the sweeps.
+submit_array() {
+  local record_file sbatch_options
+  printf -v record_file 'runs/logs/slurm_%(%Y%m%d_%H%M%S)T_%d.runs' -1 $$
+  printf '%s\n' "${unfinished[@]}" >"$record_file"
+  split_words sbatch_options "${SWEEPS_SBATCH-}"
+  sbatch --job-name=sweeps --array="0-$((${#unfinished[@]} - 1))${SWEEPS_JOBS:+%$SWEEPS_JOBS}" --requeue \
+    --signal=B:USR1@120 --open-mode=append --output='runs/logs/slurm_%A_%a.log' "${sbatch_options[@]}" \
+    --wrap="exec bash $(printf %q "$project_dir/sweeps.sh") --slurm-task $record_file"
 }
 
-# One task of the array. SLURM requeues by itself when it takes the node away; after a checkpoint it has to be asked.
-# Not so if the task was cancelled, which ends its state RUNNING. The last task's SLURM_JOB_ID means the whole array.
-slurm_task() {
-  local jobs=1 code=0 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  one "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")" || code=$?
-  if ((code == 75)) && [[ $(squeue --noheader --job="$task" --format=%T) == RUNNING ]]; then
+# Execute one task of the job array. SLURM requeues a task by itself only if its node fails or the task is preempted. A
+# task that ends with exit code 75 is requeued here, unless it was cancelled: its state is then no longer RUNNING. The
+# task is identified by array and index, because the SLURM_JOB_ID of the last task refers to the whole array.
+run_array_task() {  # RECORD_FILE
+  local jobs=1 exit_code=0 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  execute_run "$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")" || exit_code=$?
+  if ((exit_code == 75)) && [[ $(squeue --noheader --job="$task" --format=%T) == RUNNING ]]; then
     scontrol requeue "$task"
   fi
-  exit "$code"
+  exit "$exit_code"
 }
 
 # --- The command line ------------------------------------------------------------------------------------------------
 
-[[ ${1-} != --slurm-task ]] || slurm_task "$2"
+# Split TEXT at white space of any kind into the array ARRAY.
+split_words() {  # ARRAY TEXT
+  read -ra "$1" <<<"${2//[[:space:]]/ }"
+}
 
-read -ra names <<<"${SWEEPS_NAMES-}"
-read -ra extra <<<"${SWEEPS_FLAGS-}"
+# Split TEXT at commas and white space. Fail if an element is missing or does not match the pattern ELEMENT.
+split_list() {  # ARRAY TEXT ELEMENT
+  local text=${2//[[:space:]]/ } pattern="^ *($3( *[, ] *$3)*)? *$"
+  [[ $text =~ $pattern ]] || return 1
+  read -ra "$1" <<<"${text//,/ }"
+}
+
+# Append the folder of the sweep NAME to `folders`, or those of the whole plan if NAME is `all`.
+find_sweep() {  # NAME
+  local sweeps=("$sweep_list"/*/*/sweep.sh) matches
+  matches=("$sweep_list"/*/"$1"/sweep.sh)
+  ((${#matches[@]})) || matches=("$sweep_list"/*/"$1"_*/sweep.sh)
+  [[ $1 != all ]] || matches=("$sweep_list"/7_bmpc_equivalence/[!1]*/sweep.sh)
+  matches=("${matches[@]%/sweep.sh}")
+  folders+=("${matches[@]}")
+  [[ ${#matches[@]} != 1 && $1 != all ]] || return 0
+  sweeps=("${sweeps[@]%/sweep.sh}")
+  ((${#matches[@]})) || die "there is no sweep '$1'; the sweeps are: all ${sweeps[*]##*/}"
+  [[ ${matches[0]} != */"$1" ]] || die "several sweeps are named '$1'; rename all but one of: ${matches[*]}"
+  die "'$1' is the beginning of several names; give one or more of: ${matches[*]##*/}"
+}
+
+# Check that the interpreter exists and has the packages that this mode needs. For SLURM it is given its absolute path,
+# because the PATH of a node may differ. Symbolic links are kept: a virtual environment is identified by the path of its
+# interpreter, which is a link to that of the system.
+check_python() {
+  local advice='activate the virtual environment, or set PYTHON to its interpreter' path packages=(numpy scipy)
+  path=$(type -P "$python") || die "there is no Python interpreter '$python'; $advice"
+  [[ $path == /* ]] || path=$PWD/$path
+  [[ $mode != slurm ]] || python=$path
+  [[ $mode != run && $mode != slurm ]] || packages+=(torch)
+  "$path" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' \
+    "${packages[@]}" 2>/dev/null || die "$path cannot import all of ${packages[*]}; $advice"
+}
+
+[[ ${1-} != --slurm-task ]] || run_array_task "$2"
+
+names=() extra_flags=() gpus=() given_seeds=()
+split_words names "${SWEEPS_NAMES-}"
+split_words extra_flags "${SWEEPS_FLAGS-}"
+report_option=''
 while (($#)); do
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
     -h | --help) sed -n '3,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --dry-run | --status | --report | --slurm) SWEEPS_MODE=${1#--} ;;
-    --jobs | --gpus | --seeds | --sbatch | --export)
+    --jobs | --gpus | --seeds | --sbatch | --export | --axis)
       (($# > 1)) || die "$1 needs a value"
+      [[ $1 != --export && $1 != --axis ]] || report_option=$1
       option=${1#--}
       printf -v "SWEEPS_${option^^}" %s "$2"
       shift ;;
-    --) extra+=("${@:2}"); break ;;
-    -*) die "unknown option $1; bash sweeps.sh --help lists them, flags of the runs come after --" ;;
+    --) extra_flags+=("${@:2}"); break ;;
+    -*) die "unknown option $1; bash sweeps.sh --help lists the options, and flags of the runs come after --" ;;
     *) names+=("$1") ;;
   esac
   shift
 done
-((${#names[@]})) || die "which sweep? bash sweeps.sh all runs the plan, bash sweeps.sh --help says more"
-[[ ${SWEEPS_JOBS:-1} =~ ^[1-9][0-9]*$ ]] || die "--jobs takes a whole number above 0, not '$SWEEPS_JOBS'"
-[[ ${SWEEPS_GPUS:-0} =~ ^[^,]+(,[^,]+)*$ ]] || die "--gpus takes a list such as 0,1, not '$SWEEPS_GPUS'"
-[[ ! ${SWEEPS_GPUS-} || ${SWEEPS_MODE-} != slurm ]] || die "--gpus is not for SLURM: --sbatch --gres=gpu:1"
-[[ ${SWEEPS_SEEDS:-0} =~ ^[0-9]+(,[0-9]+)*$ ]] || die "--seeds takes a list such as 1,2,3, not '$SWEEPS_SEEDS'"
-[[ ! $(value_of 'seed|(run|exp)[-_]name' "${extra[@]}") ]] || die "the sweep sets --seed, --run-name and --exp-name"
+mode=${SWEEPS_MODE:-run}
+((${#names[@]})) || die "no sweep is named; bash sweeps.sh all runs the plan, bash sweeps.sh --help lists the options"
+[[ $mode =~ ^(run|dry-run|status|report|slurm)$ ]] ||
+  die "SWEEPS_MODE must be run, dry-run, status, report or slurm, not '$mode'"
+[[ ! $report_option || $mode == report ]] || die "$report_option needs --report"
+[[ ${SWEEPS_AXIS:-decisions} =~ ^(decisions|updates|seconds)$ ]] ||
+  die "--axis must be decisions, updates or seconds, not '$SWEEPS_AXIS'"
+[[ ${SWEEPS_JOBS:-1} =~ ^[1-9][0-9]*$ ]] || die "--jobs must be a whole number above 0, not '$SWEEPS_JOBS'"
+split_list gpus "${SWEEPS_GPUS-}" '[^, ]+' || die "--gpus must be a list such as 0,1, not '$SWEEPS_GPUS'"
+split_list given_seeds "${SWEEPS_SEEDS-}" '[0-9]+' || die "--seeds must be a list such as 1,2,3, not '$SWEEPS_SEEDS'"
+if [[ $mode == slurm ]]; then
+  ((${#gpus[@]} == 0)) || die '--gpus is for this machine; with --slurm use --sbatch "--gres=gpu:1"'
+  type -P sbatch >/dev/null || die "there is no sbatch here, which --slurm needs; without --slurm the runs start here"
+fi
+[[ ! $(flag_value 'seed|(run|exp)[-_]name' "${extra_flags[@]}") ]] ||
+  die "the sweeps set --seed, --run-name and --exp-name; for other seeds use --seeds 1,2,3 before --"
 
-records=()
-declare -A seen=()
-for name in "${names[@]}"; do
-  files=("$lists"/*/"$name"/sweep.sh "$lists"/*/"$name"_*/sweep.sh)
-  [[ $name != all ]] || files=("$lists"/7_bmpc_equivalence/[!1]*/sweep.sh)
-  [[ $name == all || ${#files[@]} == 1 ]] || die "'$name' names ${#files[@]} of: all $(cd "$lists" && echo */*/)"
-  for file in "${files[@]}"; do
-    group=${file%/*/*} common=()
-    IFS=, read -ra seed_list <<<"${SWEEPS_SEEDS-}"
-    source "$group/settings.sh"
-    [[ ${SWEEPS_MODE-} != report || $group != */7_* ]] || read_sweep "$group/1_test/sweep.sh"    # to compare with
-    read_sweep "$file"
-  done
+folders=()
+for name in "${names[@]}"; do find_sweep "$name"; done
+
+python=${PYTHON:-python}
+if [[ ! ${PYTHON-} ]] && ! type -P python >/dev/null && type -P python3 >/dev/null; then python=python3; fi
+[[ $mode == dry-run ]] || check_python
+
+records=()                # one per run: the fields that `run` writes, separated by tabs
+declare -A command_of=()  # the command of each run directory
+for folder in "${folders[@]}"; do
+  group=${folder%/*}
+  common_flags=()
+  seed_list=("${given_seeds[@]}")
+  [[ ! -e $group/settings.sh ]] || source "$group/settings.sh"
+  [[ $mode != report || $group != */7_* ]] || read_sweep "$group/1_test/sweep.sh"  # the baseline of the comparisons
+  read_sweep "$folder/sweep.sh"
 done
+((${#records[@]})) || die "${names[*]}: no runs; add a line 'run SCRIPT CONFIGURATION FLAG...' to the sweep.sh"
 
-case ${SWEEPS_MODE:-run} in
+case $mode in
   dry-run) printf '%s\n' "${records[@]##*$'\t'}" ;;
   status) report --status ;;
-  report) report ${SWEEPS_EXPORT:+--export "$SWEEPS_EXPORT"} ;;
+  report) report ${SWEEPS_EXPORT:+--export "$SWEEPS_EXPORT"} ${SWEEPS_AXIS:+--axis "$SWEEPS_AXIS"} ;;
   run | slurm)
     mkdir -p runs/logs
-    due=$(report --due)
-    [[ $due ]] || { echo "nothing to do: all ${#records[@]} runs are done"; exit 0; }
-    readarray -t due <<<"$due"
-    if [[ ${SWEEPS_MODE-} == slurm ]]; then submit; else run_here; fi ;;
-  *) die "SWEEPS_MODE cannot be '$SWEEPS_MODE'" ;;
+    unfinished=$(report --due)
+    [[ $unfinished ]] || { say "nothing to do: all ${#records[@]} runs are done"; exit 0; }
+    readarray -t unfinished <<<"$unfinished"
+    if [[ $mode == slurm ]]; then submit_array; else run_here; fi ;;
 esac

@@ -1,21 +1,21 @@
 # shellcheck shell=bash
-# A template: how promising configurations are combined, once the plan's single sweeps have been read.
+# A template for a new sweep, here one that combines the promising configurations of the plan's sweeps.
 #
-# Copy it to sweep_list/7_bmpc_equivalence/3a_combined/sweep.sh. That is all: bash sweeps.sh 3a runs it, --report compares
-# it with the baseline, and `all` takes it in with the rest of the plan. A sweep that needs another task, length or seeds
-# goes into a folder of its own, sweep_list/9_mine/1_first/sweep.sh, with a settings.sh beside the plan's as a model.
+# Copy it to sweep_list/7_bmpc_equivalence/3a_combined/sweep.sh. Nothing else is needed: bash sweeps.sh 3a runs it,
+# --report compares it with the baseline, and `all` includes it. A sweep for another task, length or seeds belongs to a
+# group of its own, such as sweep_list/9_mine/1_first/sweep.sh, with a settings.sh like the plan's in 9_mine/.
 #
-# The heading under which the report answers.
+# The question that the report answers; it is the heading of the sweep's section.
 question "Do two heads and a trust region add up?"
 
-# What each run of this sweep shares, beyond the settings. Other seeds than theirs: `seeds 1 2 3 4` here, or for the
-# baseline too, bash sweeps.sh 3a 1_test --seeds 1,2,3,4
+# The flags of every run of this sweep, in addition to the settings. For other seeds write `seeds 1 2 3 4` here, or, for
+# the baseline too, run bash sweeps.sh 3a 1_test --seeds 1,2,3,4
 flags --planner-num-dynamics-heads 2 --ensemble-lr-scaling --local-td-bootstrap
 
-# run SCRIPT CONFIGURATION FLAGS...: one run for each seed. The script is the smallest one that has the flags: bmpc.py,
-# bmpc_multihead.py (which has all of it) or bmpc_dual_policy.py (which has all of both). The name is made of letters,
-# digits, `_`, `.` and `-`; it tells the configurations of this sweep apart and is part of the run's directory.
-# `switch FLAG on` and `switch FLAG off` stand for --FLAG and --no-FLAG.
+# run SCRIPT CONFIGURATION FLAG... adds one run per seed. Use the smallest script that has the flags: bmpc.py,
+# bmpc_multihead.py (which has all flags of bmpc.py) or bmpc_dual_policy.py (which has all flags of both). The name of
+# the configuration is part of the name of the run directory, and each configuration of a sweep needs its own. It
+# consists of letters, digits, `_`, `.` and `-`. `switch FLAG on` prints --FLAG, and `switch FLAG off` prints --no-FLAG.
 for std_coef in 0.3 1; do
   for ema in on off; do
     run bmpc_multihead.py "std_coef_${std_coef}__trust_region_0.1__ema_targets_$ema" \

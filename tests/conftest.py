@@ -23,8 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: what
 CPU = torch.device("cpu")
 TASK = bmpc.TaskInfo(obs_dim=4, action_dim=2, episode_length=None)
 SMALL = dict(
-    device="cpu", compile=False, action_repeat=1, discount=0.9, num_envs=2, total_timesteps=40, learning_starts=12,
-    eval_freq=0, log_freq=0, checkpoint_freq=0, eval_episodes=3, batch_size=12, buffer_size=1000,
+    device="cpu", compile=False, episodic=False, action_repeat=1, discount=0.9, num_envs=2, total_timesteps=40,
+    learning_starts=12, eval_freq=0, log_freq=0, checkpoint_freq=0, eval_episodes=3, batch_size=12, buffer_size=1000,
     reanalyze_batch_size=3, enc_dim=16, mlp_dim=12, latent_dim=16, num_enc_layers=2, num_q=3, simnorm_dim=4,
     num_samples=20, num_elites=6, num_pi_trajs=4, iterations=3,
 )  # fmt: skip
@@ -135,7 +135,7 @@ class FakeEnvs:
         ended = self.step == self.lengths
         terminal = np.isin(np.arange(self.num_envs), self.terminal)
         reward = np.arange(self.num_envs) + 0.125 * self.step
-        return self.obs(), reward, ended & terminal, ended & ~terminal
+        return self.obs(), reward, ended & terminal, ended & ~terminal, [None] * self.num_envs
 
 
 class FakePlanner:

@@ -1,8 +1,11 @@
-"""Stands in for the three scripts where the sweeps are tested: the same files, signals and exit codes, no learning.
+"""A stand-in for the training scripts in the tests of the sweeps: the same files, signals and exit codes, no learning.
 
-It goes from checkpoint to checkpoint, ten of them. FAKE_GATE: a file it waits for in the middle. FAKE_FAIL: runs whose
-directory contains this end there with exit code FAKE_CODE. In the run's directory `starts` gets a line for each start,
-`signals` one for the signals that stopped it.
+It writes ten checkpoints, one after the other. Each start appends a line to `starts` in the run directory, each stop
+appends the signals received to `signals`. Environment variables:
+
+    FAKE_GATE   halfway through, wait until this file exists
+    FAKE_FAIL   if the name of the run directory contains this, end halfway with the exit code FAKE_CODE
+    FAKE_ERROR  end before anything else, with the exit code FAKE_CODE and this message
 """
 
 import fcntl
@@ -13,57 +16,65 @@ import sys
 import time
 from pathlib import Path
 
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+    STOP_SIGNALS.append(signal.SIGHUP)
+
+script = Path(sys.argv[0])
 flags = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
-total, seed = int(flags["--steps"]), flags["--seed"]
-run_dir = Path("runs") / f"{flags['--task']}__{Path(sys.argv[0]).stem}__{seed}__{flags['--run-name']}"
+total_timesteps, seed = int(flags["--steps"]), flags["--seed"]
+run_dir = Path("runs") / f"{flags['--task']}__{script.stem}__{seed}__{flags['--run-name']}"
 run_dir.mkdir(parents=True, exist_ok=True)
-signals = []
+received_signals = []
 
 
-def note(file: str, text: str) -> None:
+def append_line(file: str, text: str) -> None:
     with open(run_dir / file, "a") as out:
         out.write(text + "\n")
 
 
-def leave(code: int, text: str) -> None:
-    print(text, file=sys.stderr)
+def exit_with(code: int, text: str) -> None:
+    print(f"{script.name}: error: {text}", file=sys.stderr)
     sys.exit(code)
 
 
+if "FAKE_ERROR" in os.environ:
+    exit_with(int(os.environ["FAKE_CODE"]), os.environ["FAKE_ERROR"].replace("RUN_DIR", str(run_dir)))
 lock = open(run_dir / "lock", "a")
 try:
     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError:
-    leave(2, f"{run_dir} is in use by another process")
+    exit_with(2, f"{run_dir} is in use by another process")
 finished, checkpoint = run_dir / "finished.json", run_dir / "checkpoint.pt"
-if finished.exists() and json.loads(finished.read_text())["total_timesteps"] >= total:
-    leave(2, f"{run_dir} holds a finished run")
+if finished.exists() and json.loads(finished.read_text())["total_timesteps"] >= total_timesteps:
+    exit_with(2, f"{run_dir} holds a finished run")
 finished.unlink(missing_ok=True)
-for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-    signal.signal(number, lambda number, _frame: signals.append(signal.Signals(number).name))
+for number in STOP_SIGNALS:
+    signal.signal(number, lambda number, _frame: received_signals.append(signal.Signals(number).name))
 
-begin = json.loads(checkpoint.read_text())["tenth"] % 10 if checkpoint.exists() else 0
-print(f"continuing at step {total * begin // 10}", flush=True)
-given = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-note("starts", json.dumps({"tenth": begin} | given))
+first_tenth = json.loads(checkpoint.read_text())["tenth"] % 10 if checkpoint.exists() else 0
+print(f"continuing at step {total_timesteps * first_tenth // 10}", flush=True)
+variables = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+append_line("starts", json.dumps({"tenth": first_tenth, "pid": os.getpid()} | variables))
 (run_dir / "args.json").write_text(json.dumps({"action_repeat": 2}))
 (run_dir / "versions.json").write_text(json.dumps([{"command": sys.argv, "torch": "2"}]))
-if begin == 0:
+if first_tenth == 0:
     (run_dir / "metrics.csv").write_text("global_step,env_steps,tag,value\n")
 
-for tenth in range(begin + 1, 11):
-    step = total * tenth // 10
+for tenth in range(first_tenth + 1, 11):
+    step = total_timesteps * tenth // 10
     for tag, value in (("eval/episodic_return", step * int(seed)), ("charts/SPS", 50)):
-        note("metrics.csv", f"{step},{2 * step},{tag},{value}")
+        append_line("metrics.csv", f"{step},{2 * step},{tag},{value}")
     checkpoint.write_text(json.dumps({"tenth": tenth}))
-    gate, begun = os.environ.get("FAKE_GATE"), time.monotonic()
-    while tenth == 5 and gate and not Path(gate).exists() and not signals and time.monotonic() < begun + 120:
-        time.sleep(0.02)  # not for ever: a test that fails leaves nothing behind
-    if signals:
-        time.sleep(0.3)  # a second signal would be seen
-        note("signals", " ".join(signals))
-        leave(75, "checkpoint written, stopped")
+    gate, deadline = os.environ.get("FAKE_GATE"), time.monotonic() + 120  # so that a failed test leaves no process
+    while tenth == 5 and gate and not Path(gate).exists() and not received_signals and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if received_signals:
+        time.sleep(0.3)  # long enough to receive a second signal
+        append_line("signals", " ".join(received_signals))
+        print("checkpoint written, stopped", file=sys.stderr)
+        sys.exit(75)
     if tenth == 5 and os.environ.get("FAKE_FAIL", "no run") in run_dir.name:
-        leave(int(os.environ["FAKE_CODE"]), "a loss is not finite")
+        exit_with(int(os.environ["FAKE_CODE"]), "a loss is not finite")
 
-finished.write_text(json.dumps({"global_step": total, "total_timesteps": total}))
+finished.write_text(json.dumps({"global_step": total_timesteps, "total_timesteps": total_timesteps}))

@@ -61,7 +61,7 @@ def check_waits(options):
             action, expert, _, metrics = script.act(*planning)
             run.accumulate_metrics(metrics)
             reward = script.to_device(rows, bench.device)
-            run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0)
+            run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0, rows > 0)
             script.train_step(run, pretraining=False)
             script.train_step(run, pretraining=False)  # with reanalyze
         alarm("default")

@@ -134,7 +134,16 @@ def test_the_replay_holds_what_lists_of_episodes_would(E, T, spare, steps, seed)
     episode = ended.cumsum(0) - ended  # of each row
     for step in range(steps):
         obs, action, expert, reward, terminated, next_obs = rows[step].split([1, 1, 2, 1, 1, 1], 1)
-        buffer.add(obs, action, bmpc.Expert(*expert.split(1, 1)), reward[:, 0], terminated[:, 0], next_obs, ended[step])
+        buffer.add(
+            obs,
+            action,
+            bmpc.Expert(*expert.split(1, 1)),
+            reward[:, 0],
+            terminated[:, 0],
+            next_obs,
+            ended[step],
+            np.zeros(E, bool),
+        )
         if step % 11 == 10:
             state, buffer = buffer.state_dict(), make()
             buffer.load_state_dict(state)
@@ -143,7 +152,7 @@ def test_the_replay_holds_what_lists_of_episodes_would(E, T, spare, steps, seed)
         last = episode[oldest : step + 1][T - 1 :]
         first, env = np.nonzero(episode[oldest:][: len(last)] == last)
         if not len(first):
-            with pytest.raises(bmpc.UsageError, match="holds no"):
+            with pytest.raises(bmpc.UsageError, match="no episode in the replay buffer"):
                 buffer.sample(np.zeros(1))
             continue
         u = (np.arange(3 * len(first)) + 0.5) / (3 * len(first))  # so that each is drawn three times

@@ -218,7 +218,7 @@ def written_out(model, args, envs, planner, warm_up):
             for _ in range(E):
                 update(False)
         envs.step_async(action.numpy())
-        next_obs, reward, terminated, truncated = envs.step_wait()
+        next_obs, reward, terminated, truncated, _ = envs.step_wait()
         for i, episode in enumerate(episodes):
             row = dict(action=action[i], expert=expert[i], reward=reward[i], terminated=float(terminated[i]))
             row |= dict(obs=torch.from_numpy(obs[i]), next_obs=torch.from_numpy(next_obs[i]))
@@ -320,8 +320,8 @@ def test_the_agent_learns_to_follow_a_target_by_planning_and_by_imitation(tmp_pa
 
         def step_wait(self):
             reward = 1 - np.abs(self.sent[-1] - self.obs()[:, :1]).mean(1)
-            _, _, terminated, truncated = super().step_wait()
-            return self.obs(), reward, terminated, truncated
+            _, _, terminated, truncated, errors = super().step_wait()
+            return self.obs(), reward, terminated, truncated, errors
 
     args = small_args(
         num_envs=4, total_timesteps=500, learning_starts=200, batch_size=32, lr=1e-3, horizon=2, reanalyze_batch_size=4,

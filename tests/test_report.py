@@ -1,14 +1,16 @@
-"""sweep_list/report.py: the numbers it prints are the runs' numbers, and it says no more than they support.
+"""The sweeps' report: its numbers are the runs' numbers, its statistics are the textbook's, its words claim no more.
 
-And results/: the kept curves are those of the commands beside them, README's table of them is computed from them.
+And results/: the kept curves are those of the commands beside them, both READMEs' figures are computed from them.
 """
 
 import csv
 import dataclasses
+import errno
+import functools
 import importlib
-import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,12 +19,17 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import ROOT
-from test_sweeps import Lab, parse
+from test_sweeps import Lab, environment, parse
+
+import bmpc
 
 sys.path.append(str(ROOT / "sweep_list"))
-report = importlib.import_module("report")
+comparison, figures, report, run_files = map(importlib.import_module, ("comparison", "figures", "report", "run_files"))
+PRIMARY, PLANNER, POLICY = comparison.PRIMARY, run_files.PLANNER, run_files.POLICY
 STEPS = [0, 100, 200, 300, 400]
+HEADER = "global_step,env_steps,tag,value\n"
 
 
 class Runs:
@@ -31,23 +38,24 @@ class Runs:
     def __init__(self, folder):
         self.folder, self.lines = folder, []
 
-    def run(self, sweep, configuration, seed, curve=(), done=True, task="dog-run"):
+    def run(self, sweep, configuration, seed, curve=(), done=True, task="dog-run", steps=STEPS, tags=None, **args):
+        """`tags`: further tags of the log and their values; `args`: further entries of args.json."""
         directory = self.folder / "runs" / f"{task}__bmpc__{seed}__{sweep}__{configuration}"
         baseline, command = re.sub(r"2[a-h]_\w+$", "1_test", sweep), f"/bin/python {ROOT}/bmpc.py --x 2"
         fields = [directory, 400, sweep, baseline, configuration, seed, "Is it better?", command]
         self.lines.append("\t".join(map(str, fields)) + "\n")
         if not len(curve):
-            return self
+            return directory
         directory.mkdir(parents=True)
-        curves = {report.PLANNER: curve, report.POLICY: curve, report.SPEED: (900, 900, 50, 70, 60)}
-        rows = [f"{s},{2 * s},{tag},{y}\n" for tag, values in curves.items() for s, y in zip(STEPS, values)]
-        (directory / "metrics.csv").write_text("".join(["global_step,env_steps,tag,value\n", *rows]))
-        written = {"args": {"action_repeat": 2, "model_size": 5, "learning_starts": 100}}
+        curves = {PLANNER: curve, POLICY: curve, run_files.SPEED: (900, 900, 50, 70, 60)} | (tags or {})
+        rows = [f"{s},{2 * s},{tag},{y}\n" for tag, values in curves.items() for s, y in zip(steps, values)]
+        (directory / "metrics.csv").write_text("".join([HEADER, *rows]))
+        written = {"args": {"action_repeat": 2, "model_size": 1, "learning_starts": 100, "num_envs": 4} | args}
         written["versions"] = [{"torch": "1"}, {"command": ["bmpc.py"], "torch": "2", "git_commit": "abc"}]
         written["finished"] = {"global_step": 400, "total_timesteps": 400 if done else 100}
         for name, value in written.items():
             (directory / f"{name}.json").write_text(json.dumps(value))
-        return self
+        return directory
 
     def seeds(self, sweep, configuration, *finals, **more):
         """A run for each final return, on a straight line to its three last evaluations."""
@@ -55,15 +63,19 @@ class Runs:
             self.run(sweep, configuration, seed, [0, final / 2, final, final, final], **more)
         return self
 
+    def read(self):
+        return [run_files.read_run(line) for line in self.lines]
+
     def groups(self, sweep):
-        return report.group_runs([report.read_run(line) for line in self.lines])[sweep]
+        return comparison.group_runs(self.read())[sweep]
 
     def answer(self, sweep):
         return [line for group in self.groups(sweep) for line in report.answer(group)]
 
-    def page(self, *arguments):
+    def page(self, *arguments, **environ):
         command = [sys.executable, ROOT / "sweep_list" / "report.py", *arguments]
-        subprocess.run(command, cwd=self.folder, input="".join(self.lines), text=True, check=True, timeout=120)
+        given = dict(capture_output=True, timeout=120, env=environment(**environ))
+        return subprocess.run(command, cwd=self.folder, input="".join(self.lines).encode(), **given)
 
 
 @pytest.fixture
@@ -71,134 +83,153 @@ def lab(tmp_path):
     return Runs(tmp_path)
 
 
-def by_seed(values, first=1):
-    return dict(enumerate(map(float, values), first))
+# --- Statistics
 
 
 def test_measures_of_a_curve_and_intervals_of_means():
-    curve = np.array([[0, 0], [100, 10], [400, 40], [500, 20], [600, 30]], dtype=float)
-    assert report.final_return(curve) == pytest.approx(30)
-    assert report.area_under_curve(curve) == pytest.approx((500 + 7500 + 3000 + 2500) / 600)
-    assert report.area_under_curve(curve[:1]) == 0
+    curve = np.array([[0, 5], [100, 10], [400, 40], [500, 20], [600, 30]], dtype=float)
+    area = (750 + 7500 + 3000 + 2500) / 600
+    assert comparison.final_return(curve) == pytest.approx(30)
+    assert comparison.area_under_curve(curve) == pytest.approx(area)
+    assert comparison.learned(curve) == pytest.approx(area - 5)
+    assert comparison.area_under_curve(curve[:1]) == 5
     # Student's t is 12.706 for two seeds, 4.303 for three
     spreads = [report.spread(np.array(x)) for x in ([], [1], [1, 3], [10, 20, 30])]
     assert spreads == ["-", "1.0", "2.0 ± 12.7", "20.0 ± 24.8"]
 
 
-@pytest.mark.parametrize("paired", [True, False])
-@pytest.mark.parametrize("gap", [0, 3, 30])
-def test_p_is_that_of_every_way_to_deal_the_seeds(paired, gap):
-    """Pairs: every choice of signs. Else: every choice of five of the ten. Twice the smaller tail."""
-    draw = np.random.default_rng(gap)
-    own, base = draw.normal(100 + gap, 5, 5), draw.normal(100, 5, 5)
-    one = report.difference(by_seed(own), by_seed(base, 1 if paired else 2))
-    seen, everyone = own.mean() - base.mean(), [*own, *base]
-    if paired:
-        dealt = [np.mean(signs * (own - base)) for signs in itertools.product((1, -1), repeat=5)]
-    else:
-        sides = itertools.combinations(range(10), 5)
-        dealt = [2 * np.mean([everyone[i] for i in side]) - 2 * np.mean(everyone) for side in sides]
-    tails = np.mean(np.array(dealt) >= seen - 1e-9), np.mean(np.array(dealt) <= seen + 1e-9)
-    assert one.p == pytest.approx(min(1, 2 * min(tails))) and one.apart.mean() == pytest.approx(seen)
-    assert (one.paired, one.smallest) == (paired, 2 / len(dealt)) and (one.p == one.smallest or gap < 30)
+def test_welch_by_hand():
+    """Means 6 and 3, squared standard errors 4/3 and 10/4: t = 3 / sqrt(23/6), Welch-Satterthwaite's degrees."""
+    own, base = np.array([4.0, 6, 8]), np.array([0.0, 2, 3, 7])
+    a, b = own.var(ddof=1) / 3, base.var(ddof=1) / 4
+    error, degrees = math.sqrt(a + b), (a + b) ** 2 / (a**2 / 2 + b**2 / 3)
+    assert a == pytest.approx(4 / 3)
+    one = comparison.welch(own, base)
+    half = scipy.stats.t.ppf(0.975, degrees) * error
+    assert one.interval == pytest.approx((3, 3 - half, 3 + half))
+    assert one.p == pytest.approx(2 * scipy.stats.t.sf(3 / error, degrees))
 
 
-def test_pairs_share_their_luck():
-    """Where seeds are lucky on both sides pairs tell a difference that unpaired seeds do not; order means nothing."""
-    luck = np.array([0, 50, 10, 90, 30, 70, 20])
-    own, base = luck + [5, 6, 7, 5, 6, 7, 6], luck + 100
-    one = report.difference(dict(reversed(by_seed(own + 100).items())), by_seed(base))
-    assert str(one).startswith("+6.0 [+5.") and one.p == 2 / 2**7 and one.verdict == "better"
-    assert report.difference(by_seed(base), by_seed(own + 100)).verdict == "worse"
-    assert one.variance_ratio == pytest.approx(np.var(own - base) / (np.var(own) + np.var(base)))
-    apart = report.difference(by_seed(own + 100), by_seed([*base, 150]))
-    assert not apart.paired and apart.variance_ratio == one.variance_ratio and apart.low < -10 and apart.high > 10
-    far_end = max(-apart.low, apart.high) / apart.base
-    assert apart.verdict == f"no difference larger than {math.ceil(100 * far_end)} %"
+def test_welch_intervals_cover_where_spreads_and_numbers_of_seeds_differ():
+    """8 seeds of twice the baseline's spread against 30: Student's pooled interval would cover 0.84."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        one = comparison.welch(rng.normal(3, 2, 8), rng.normal(0, 1, 30))
+        held += one.low <= 3 <= one.high
+    assert 368 <= held <= 390
 
 
-def test_intervals_cover():
-    """Of 95 % intervals about so many hold the truth; those of ten seeds a few less."""
-    draw, held = np.random.default_rng(0), [0, 0]
-    for paired in [True, False] * 50:
-        base = draw.normal(size=10)
-        one = report.difference(by_seed(draw.normal(3 + base * paired)), by_seed(base, 1 if paired else 2))
-        held[paired] += one.low <= 3 <= one.high
-    assert 42 <= min(held) and max(held) <= 49
+def test_seeds_without_spread():
+    zeros, tens = np.zeros(3), np.full(3, 10.0)
+    same = comparison.welch(zeros, zeros)
+    assert (str(same), same.p, same.verdict, same.of_area) == ("+0.0 [+0.0, +0.0]", 1, "not resolved", "-")
+    assert (str(comparison.welch(tens, zeros)), comparison.welch(tens, zeros).p) == ("+10.0 [+10.0, +10.0]", 0)
+    comparison.add_simultaneous_intervals([same])
+    assert math.isnan(same.simultaneous[0])
 
 
-def test_an_interval_needs_three_seeds_and_may_have_no_width():
-    two = report.difference(by_seed([20, 24]), by_seed([10, 12]))
-    assert (str(two), two.verdict, two.p) == ("+11.0", "undecided", 0.5)
-    same = report.difference(by_seed([20, 24, 30]), by_seed([20, 24, 30]))
-    assert (str(same), same.verdict, same.p) == ("+0.0 [+0.0, +0.0]", "no difference larger than 0 %", 1)
-    assert report.difference(by_seed([1, 2, 3]), by_seed([0, 0, 0])).verdict == "no difference larger than nan %"
+def test_holm_by_hand():
+    assert comparison.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert comparison.holm([0.9, 0.8]) == [1, 1] and comparison.holm([]) == []
 
 
-TOLD = [(0, "over 1000", "over 1000"), (99, 6, 4), (0.2, 199, 394), (0.5, 34, 64), (0.8, 15, 26)]
+def test_the_simultaneous_interval_of_one_configuration_is_student_s():
+    """Dunnett's for a single comparison is the pooled t-interval; for more it is wider."""
+    rng = np.random.default_rng(0)
+    base, *samples = (rng.normal(size=n) for n in (12, 6, 6, 6))
+    (lone, *others) = (comparison.welch(sample, base) for sample in samples)
+    comparison.add_simultaneous_intervals([lone])
+    student = scipy.stats.ttest_ind(lone.values, base).confidence_interval(0.95)
+    assert lone.simultaneous == pytest.approx((student.low, student.high), abs=0.01)
+    width = np.ptp(lone.simultaneous)
+    comparison.add_simultaneous_intervals([lone, *others])
+    assert np.ptp(lone.simultaneous) > 1.1 * width
 
 
-@pytest.mark.parametrize("d, pairs, a_side", TOLD)
-def test_seeds_to_tell(d, pairs, a_side):
-    """Against Cohen's table 2.4.1 for a two-sided 5 % and power 0.8, each side, and G*Power's numbers of pairs.
+@pytest.mark.parametrize(
+    "p, simultaneous, verdict",
+    [
+        (0.051, (1, 9), "not resolved"),
+        (0.05, (-1, 9), "depends on the test"),
+        (0.05, (1, 9), "better"),
+        (math.nan, (1, 9), "not resolved"),
+        (0.01, (math.nan, math.nan), "better"),
+    ],
+)
+def test_the_words(p, simultaneous, verdict):
+    one = comparison.Difference(np.array([4.0, 6]), np.array([0.0, 2]), 1, 7, p, simultaneous=simultaneous)
+    assert one.verdict == verdict
+    low, high = simultaneous
+    mirrored = comparison.Difference(one.base, one.values, -7, -1, p, simultaneous=(-high, -low))
+    assert mirrored.verdict == verdict.replace("better", "worse")
 
-    With six pairs or four a side a permutation test can give p of 0.05 at all."""
-    side = np.array([-10.0, 0.0, 10.0])  # of standard deviation 10
-    for needed, base in ((pairs, by_seed(side * 0)), (a_side, by_seed(side, 2))):
-        one = report.difference(by_seed(side - 10 * d), base)
-        assert one.seeds == str(needed) == report.difference(by_seed(side + 10 * d), base).seeds
-        one.tests = 23
-        assert d == 0 or int(one.seeds) > int(needed)
+
+def test_a_difference_in_percent_of_the_area_and_of_what_is_learned():
+    one = comparison.Difference(np.array([110.0, 130]), np.array([90.0, 110]), 5, 35, 0.01, learned=40)
+    assert (one.of_area, one.of_learned) == ("+20.0 [+5.0, +35.0]", "+50.0 [+12.5, +87.5]")
+    assert dataclasses.replace(one, learned=-1).of_learned == "-"
 
 
-def test_metrics_are_read_as_they_stand(tmp_path):
-    file = tmp_path / "metrics.csv"
-    assert report.read_metrics(file) == {}
-    file.write_text("global_step,env_steps,tag,value\n0,0,a,1.5\n10,20,a,2\n10,20,b,nan\n20,40,a,33")  # 337.2 is coming
-    metrics = report.read_metrics(file)
-    assert metrics["a"].tolist() == [[0, 1.5], [10, 2]] and math.isnan(metrics["b"][0, 1])
+def test_interquartile_mean_and_probability_of_improvement_by_hand():
+    """Of eight scores the middle four count; of a task's pairs of seeds those that the configuration wins."""
+    own, base = [np.array([1.0, 2, 3]), np.array([4.0, 5, 6, 20, 80])], [np.array([0.0, 2]), np.array([5.0])]
+    assert comparison.interquartile_mean(own) == pytest.approx((3 + 4 + 5 + 6) / 4)
+    first, second = (1 + 1.5 + 2) / 6, (0 + 0.5 + 1 + 1 + 1) / 5
+    assert comparison.probability_of_improvement(own, base) == pytest.approx((first + second) / 2)
+    assert comparison.probability_of_improvement(base, own) == pytest.approx(1 - (first + second) / 2)
+
+
+def test_the_bootstrap_resamples_seeds_within_their_task():
+    """Between tasks nothing varies: where seeds agree the interval has no width, however far apart the tasks are."""
+    apart = [np.full(4, 0.1), np.full(4, 0.9)]
+    assert comparison.stratified_bootstrap(comparison.interquartile_mean, apart) == pytest.approx((0.5, 0.5))
+    normal = [np.random.default_rng(0).normal(size=200)]
+    low, high = comparison.stratified_bootstrap(lambda scores: scores[0].mean(), normal)
+    assert (high - low) / 2 == pytest.approx(1.96 * normal[0].std() / math.sqrt(200), rel=0.1)
+
+
+# --- Comparisons and answers
 
 
 def test_not_enough_data(lab):
     lab.seeds("1_test", "baseline", 10, 12).seeds("2a_utd", "utd_ratio_2", 20, 24)
-    lab.run("2a_utd", "utd_ratio_4", 1, STEPS, done=False).run("2a_utd", "utd_ratio_4", 2)
+    lab.run("2a_utd", "utd_ratio_4", 1, STEPS, done=False), lab.run("2a_utd", "utd_ratio_4", 2)
     assert lab.answer("2a_utd") == ["**not enough data**: 2 of 4 runs, baseline 2 of 2"]
     assert lab.answer("1_test")[0].startswith("`baseline` ends at 11.0 ± 12.7 with the planner and at 11.0")
     lab.seeds("0__1_test", "baseline", 10).seeds("0__2a_utd", "utd_ratio_2", 20)
-    assert lab.answer("0__2a_utd") == ["**not enough data**: one seed gives no interval."]
+    assert lab.answer("0__2a_utd") == ["**not enough data**: an interval needs two seeds a side on this axis."]
 
 
 def test_answers_are_corrected_for_every_configuration_of_the_report(lab):
-    """Of six pairs p is 1/32 at best: one configuration may be told, not two, wherever they are in the report."""
-    assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06]) and report.holm([0.9, 0.8]) == [1, 1]
+    """A p of 0.0264 resolves a difference alone, not beside another configuration, wherever it is in the report."""
     base = np.array([100, 120, 110, 90, 105, 95])
-    lab.seeds("1_test", "baseline", *base).seeds("2a_utd", "utd_ratio_2", *base + 40 + np.arange(6))
-    (text,) = lab.answer("2a_utd")
-    assert text.startswith("- `utd_ratio_2`: **better**, +31.9 [") and text.endswith("of this size: 6")
-    lab.seeds("2d_num_rollouts", "num_rollouts_4", *base - 40 - np.arange(6))
-    (text,) = lab.answer("2a_utd")
-    assert text.startswith("- `utd_ratio_2`: **no difference larger than") and text.endswith("of this size: 7")
+    lab.seeds("1_test", "baseline", *base).seeds("2a_utd", "utd_ratio_2", *base + 16)
     (group,) = lab.groups("2a_utd")
-    assert [found["utd_ratio_2"].p for found in group.differences.values()] == [1 / 16] * 3
-    text = report.overview([group, *lab.groups("2d_num_rollouts")])
-    assert "for 2 configurations, cannot be below 0.062" in text and "variance of 2 of 2 differences" in text
+    alone = group.differences[PRIMARY]["utd_ratio_2"].p
+    assert 0.025 < alone < 0.05 and lab.answer("2a_utd")[0].startswith("- `utd_ratio_2`: **better**, +12.0 [")
+    lab.seeds("2d_num_rollouts", "num_rollouts_4", *base - 1)
+    (group,) = lab.groups("2a_utd")
+    assert [found["utd_ratio_2"].p for found in group.differences.values()] == pytest.approx([2 * alone] * 3)
+    assert lab.answer("2a_utd")[0].startswith("- `utd_ratio_2`: **not resolved**, +12.0 [")
 
 
 def test_a_row_for_each_question(lab):
-    """All verdicts, and the highest estimate with its interval in % of the baseline's area, three quarters of 100."""
+    """All words, and the highest estimate with its interval in % of the baseline's area, three quarters of 100."""
     base = np.arange(95.0, 106)
     lab.seeds("1_test", "baseline", *base)
     for name, far in (("a", 40), ("b", -40), ("c", 0), ("d", -50), ("e", 50)):
         lab.seeds("2a_utd", name, *base + far)
     lab.seeds("2d_num_rollouts", "f", *base, 100)
-    lab.seeds("2e_imagine_source", "g", 1, 2).run("2e_imagine_source", "g", 3)
+    lab.seeds("2e_imagine_source", "g", 1, 2), lab.run("2e_imagine_source", "g", 3)
     groups = [group for sweep in ("2a_utd", "2d_num_rollouts", "2e_imagine_source") for group in lab.groups(sweep)]
     first, second, third = report.summary(groups).splitlines()[2:]
-    told = "better: `a`, `e`; worse: `b`, `d`; no difference larger than 0 % elsewhere"
-    assert first == f"| Is it better? (dog-run) | {told} | `e` | +50.0 [+50.0, +50.0] | 11, baseline 11 | × 1.00 |"
-    assert re.search(r"no difference larger than [34] % \| `f` \| \+0.0 \[-[23]\.\d, \+[23]\.\d\] \| 12, base", second)
+    words = "better: `a`, `e`; worse: `b`, `d`; not resolved: the others"
+    assert re.match(
+        rf"\| Is it better\? \(dog-run\) \| {words} \| `e` \| \+50.0 \[\+4[67]\.\d, \+5[23]\.\d\] \|", first
+    )
+    assert first.endswith(" | 11, baseline 11 |") and first.count("+50.0 [") == 2  # all of its area is learned
+    assert re.search(r"\| not resolved \| `f` \| \+0.0 \[-[23]\.\d, \+[23]\.\d\] \|.*\| 12, baseline 11 \|", second)
     assert third.split(" | ")[1:3] == ["**not enough data**: 2 of 3 runs, baseline 11 of 11", "`g`"]
-    assert third.split(" | ")[3] == "-98.5"  # two seeds give no interval
 
 
 def test_tasks_and_sizes_are_not_mixed(lab):
@@ -210,34 +241,227 @@ def test_tasks_and_sizes_are_not_mixed(lab):
     assert [re.search(r"[+-]\d+\.\d", line)[0] for line in lines] == ["-58.1", "-508.1", "-7.5"]
 
 
-def test_coincidence(lab):
-    lab.seeds("1_test", "baseline", 100)
-    lab.run("2c_expert_source", report.BASELINE_AGAIN, 1, [0, 50, 100, 100, 100])
-    (line,) = report.coincidence(lab.groups("2c_expert_source")[0])
-    assert line.endswith("is the baseline once more. Seed 1: the curves coincide bit for bit at 5 of 5 evaluations.")
-    lab.run("0__2c_expert_source", report.BASELINE_AGAIN, 1, [0, 50, 100, 99, 100]).seeds("0__1_test", "baseline", 100)
-    (line,) = report.coincidence(lab.groups("0__2c_expert_source")[0])
-    assert line.endswith("Seed 1: **the curves differ**, first at decision 300: 99.0, not 100.0.")
+def test_a_sweep_may_contain_its_baseline_and_compare_scripts_on_several_tasks(lab):
+    """Scores are divided by 1 000; where one configuration wins each pair of seeds its probability is 1."""
+    for task, height in (("dog-run", 400), ("walker-walk", 800)):
+        lab.seeds("0_scripts", "baseline", height, height + 8, task=task)
+        lab.seeds("0_scripts", "tdmpc2", height / 2, height / 2 + 8, task=task)
+    lab.seeds("0_scripts", "baseline", -1, -2, task="Pendulum-v1").seeds(
+        "0_scripts", "tdmpc2", -3, -4, task="Pendulum-v1"
+    )
+    groups = lab.groups("0_scripts")
+    assert [list(group.configurations) for group in groups] == [["tdmpc2"]] * 3
+    _, table = report.over_tasks(groups)
+    assert "| `tdmpc2` | 2 | 0.228 [0.22" in table and "| 0.453 [0.45" in table and "| 0.000 [0.000, 0.000] |" in table
+    assert report.over_tasks(groups[:1]) == []
 
 
-def test_the_page_and_what_is_kept(lab):
+def test_the_repeated_baseline_is_a_check_and_no_comparison(lab):
+    again = comparison.REPEATED_BASELINE
+    lab.seeds("1_test", "baseline", 100, 110).seeds("2c_expert_source", again, 100, 110)
+    lab.seeds("2c_expert_source", "other", 100, 110)
+    (group,) = lab.groups("2c_expert_source")
+    assert list(group.differences[PRIMARY]) == list(group.configurations) == ["other"]
+    (line,) = report.repetition_check(group)
+    assert again not in report.table(group) and line.endswith("seeds 1, 2 are equal to the baseline's bit for bit.")
+    lab.seeds("0__1_test", "baseline", 100), lab.run("0__2c_expert_source", again, 1, [0, 50, 100, 99, 100])
+    (line,) = report.repetition_check(lab.groups("0__2c_expert_source")[0])
+    assert line.endswith("**The curves of seeds 1 differ from the baseline's.**")
+
+
+def test_speeds_of_the_same_hour_alone_are_compared(lab):
+    lab.seeds("1_test", "baseline", 1, 2).seeds("2a_utd", "utd_ratio_4", 1, 2)
+    first, second, third, fourth = runs = lab.read()
+    for run, hour, speed in zip(runs, (10, 15, 10, 20), (100, 50, 30, 10)):
+        run.versions["time"] = f"2026-01-01T{hour}:30:00+0000"
+        run.metrics[run_files.SPEED] = np.array([[200, speed]])
+    assert comparison.relative_speed([third, fourth], [first, second]) == ", roughly × 0.3 (1 of the same hour)"
+    assert comparison.relative_speed([fourth], [first, second]) == ""
+
+
+# --- Axes
+
+
+def test_updates_without_a_log_of_them_are_those_the_scripts_make():
+    settings = dict(learning_starts=10, num_envs=4, utd_ratio=0.3)
+    args = dataclasses.replace(bmpc.Args(), **settings)
+    command = "python bmpc.py --learning-starts 10 --num-envs=4 --utd_ratio 0.3"
+    for given, line in ((settings, "python bmpc.py"), ({}, command)):
+        run = run_files.Run(None, 400, "", "", "", 1, "", line, given, {}, True, "", {})
+        made = [bmpc.updates_due(args, step) + 10 * (step >= 10) for step in range(0, 400, 4)]
+        assert comparison.derived_updates(run, np.arange(0, 400, 4)).tolist() == made
+    run = dataclasses.replace(run, command="python bmpc.py")
+    assert comparison.derived_updates(run, np.array([2496, 2500, 2600])).tolist() == [0, 2500, 2600]
+
+
+@pytest.mark.parametrize("axis, tag", [("updates", "charts/updates"), ("seconds", "charts/training_seconds")])
+def test_an_axis_ends_at_the_largest_value_that_all_reach(lab, axis, tag):
+    """One of each pair makes twice as many updates a decision: half of its curve counts."""
+    for seed in (1, 2):
+        lab.run("1_test", "baseline", seed, [0, 10, 20, 30, 40], tags={tag: [0, 1000, 2000, 3000, 4000]})
+        lab.run("2a_utd", "utd_ratio_2", seed, [0, 10, 20, 30, 40], tags={tag: [0, 2000, 4000, 6000, 8000]})
+    lab.run("2a_utd", "utd_ratio_4", 1, [0, 10], done=False, tags={tag: [0, 100]})  # limits nothing
+    runs, notes = comparison.over_axis(lab.read(), axis)
+    assert notes[0] == f"1_test, dog-run: compared from 0 to 4,000 {axis}."
+    curves = {run.configuration: run.curve().tolist() for run in runs}
+    grid = [0, 1000, 2000, 3000, 4000]
+    assert curves["baseline"] == [[x, x / 100] for x in grid] and curves["utd_ratio_2"] == [[x, x / 200] for x in grid]
+    groups = comparison.group_runs(runs)["2a_utd"]
+    assert groups[0].differences[PRIMARY]["utd_ratio_2"].interval[0] == pytest.approx(-10)
+    decisions, notes = comparison.over_axis(lab.read(), "decisions")
+    assert notes == [] and [run.curve().tolist() for run in decisions] == [run.curve().tolist() for run in lab.read()]
+
+
+def test_longer_runs_are_cut_where_the_others_end(lab):
+    for seed in (1, 2):
+        lab.run("1_test", "baseline", seed, [0, 10, 20, 30, 40], steps=[0, 200, 400, 600, 800])
+        lab.run("2a_utd", "short", seed, [0, 10, 20, 30, 40], steps=[0, 100, 200, 300, 500])
+    runs, (note,) = comparison.over_axis(lab.read(), "decisions")
+    assert note == "1_test, dog-run: compared from 0 to 500 decisions."
+    assert runs[0].curve().tolist() == [[0, 0], [200, 10], [400, 20], [500, 25]] and len(runs[1].curve()) == 5
+
+
+def test_seconds_that_no_log_has_are_said(lab):
+    lab.seeds("1_test", "baseline", 10, 12).seeds("2a_utd", "utd_ratio_2", 20, 24)
+    done = lab.page("--axis", "seconds")
+    text = (lab.folder / "runs/report/report_seconds.md").read_text()
+    assert done.returncode == 0 and "**4 finished runs are left out: their log has no `charts/training_seconds`" in text
+
+
+# --- Published curves
+
+
+def test_published_curves_stand_beside_full_size_runs_alone(lab):
+    """At 2 x 100 000 env steps; between published points, and up to the last of them."""
+    full = {"model_size": 5, "preset": "full"}
+    steps = [0, 25_000, 50_000, 75_000, 100_000]
+    lab.seeds("1_test", "baseline", 200, 210, steps=steps, **full)
+    _, table = report.beside_published(*lab.groups("1_test"))
+    head, _, row = table.splitlines()
+    assert head == "| configuration | env steps | here | BMPC | TD-MPC2 | SAC | DreamerV3 |"
+    assert row == "| `baseline` | 200,000 | 205.0 ± 63.5 | 175 [152, 198] | 102 [71, 132] | 9 [6, 11] | 7 [6, 8] |"
+    groups = lab.groups("1_test")
+    panel = matplotlib.figure.Figure().subplots()
+    figures.draw_panel(panel, groups[0], "baseline", "decisions")
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert drawn["BMPC, published"] == [[0, 4.9], [50_000, 35.1], [100_000, 174.9]]
+    for name, small in (("a", {"model_size": 1}), ("b", full | {"preset": "small"}), ("c", full | {"enc_dim": 64})):
+        lab.seeds(f"0{name}__1_test", "baseline", 200, 210, steps=steps, **small)
+        groups = lab.groups(f"0{name}__1_test")
+        panel = matplotlib.figure.Figure().subplots()
+        figures.draw_panel(panel, groups[0], "baseline", "decisions")
+        assert report.beside_published(*groups) == [] and "BMPC, published" not in [x.get_label() for x in panel.lines]
+
+
+def test_published_csv_is_whole_and_spelled_as_run_directories_are():
+    rows = list(csv.DictReader(run_files.PUBLISHED.read_text(encoding="utf-8").splitlines()))
+    counts = {row["algorithm"]: sum(r["algorithm"] == row["algorithm"] for r in rows) for row in rows}
+    assert counts == dict.fromkeys(["BMPC", "TD-MPC2", "SAC", "DreamerV3"], 28 * 11)
+    for task in {row["task"] for row in rows}:
+        name = bmpc.resolve_env_id(task.replace("ball_in_cup", "cup").replace("_", "-"))
+        assert name == f"dm_control/{task}-v0"
+    assert all(float(row["low"]) <= float(row["mean"]) <= float(row["high"]) for row in rows)
+    assert run_files.published_curves("dog-run")["BMPC"][4].tolist() == [400_000, 337.4, 304.2, 370.7]
+
+
+# --- Files: encodings, damage, locks, export
+
+
+def test_metrics_are_read_as_they_stand(tmp_path):
+    file, problems = tmp_path / "metrics.csv", []
+    assert run_files.read_metrics(file, False, problems) == {}
+    file.write_text(HEADER + "0,0,a,1.5\n10,20,a,2\n10,20,b,nan\n20,40,a,33")  # 337.2 is being written
+    metrics = run_files.read_metrics(file, False, problems)
+    assert metrics["a"].tolist() == [[0, 1.5], [10, 2]] and math.isnan(metrics["b"][0, 1]) and problems == []
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("metrics.csv", HEADER.encode() + b"0,0,a,1\n" + b"\0" * 30 + b"\n10,20,a,2\n"),
+        ("metrics.csv", HEADER.encode() + b"0,0,a,1\n10,20\n20,40,a,2\n"),
+        ("metrics.csv", HEADER.encode() + b"0,0,\0\0,1\n"),
+        ("metrics.csv", HEADER.encode() + b"0,0,a,1\n10,20,a,"),
+        ("metrics.csv", b"\xff\xfe"),
+        ("versions.json", b""),
+        ("args.json", b'{"action_repeat": 2, "mod'),
+        ("args.json", b"[]"),
+        ("finished.json", b"\0\0"),
+    ],
+)
+def test_a_damaged_run_is_told_with_its_path_and_the_others_go_on(lab, name, content):
+    folder = lab.run("1_test", "baseline", 1, STEPS)
+    lab.run("1_test", "baseline", 2, STEPS), lab.run("1_test", "baseline", 3)
+    (folder / name).write_bytes(content)
+    status = lab.page("--status")
+    table = status.stdout.decode().splitlines()
+    assert status.returncode == 1 and status.stderr == b""
+    assert re.match(r"damaged .*" + re.escape(f"  {folder / name}: "), table[1]) and table[2].startswith("done ")
+    assert table[-1] == "3 runs: 1 done, 0 running, 0 failed, 1 waiting, 1 damaged"
+    due = lab.page("--due")
+    started = [line for line in lab.lines if line.encode() in due.stdout]
+    assert started == [lab.lines[2]] if name != "finished.json" else [lab.lines[0], lab.lines[2]]
+    assert f": {folder / name}: " in due.stderr.decode() and "1 of 3 runs are done" in due.stderr.decode()
+    runs = lab.read()
+    page = report.page(runs, lab.folder) if (lab.folder / "figures").mkdir() is None else ""
+    assert f"- damaged, not counted as done: {folder / name}: " in page and "1 of 3 runs are done" in page
+    assert "| `baseline` | 1 of 3 |" in page
+    run_files.export_runs(runs, lab.folder / "kept")
+    assert [run.seed for run in run_files.load_exported(lab.folder / "kept")] == [2]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_only_a_held_lock_means_running(lab, monkeypatch, capsys, code):
+    folder = lab.run("1_test", "baseline", 1, STEPS, done=False)
+    (folder / "lock").touch()
+    (run,) = lab.read()
+    assert report.state_of(run) == "waiting"
+    monkeypatch.setattr(os, "lockf", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    held = code in (errno.EACCES, errno.EAGAIN)
+    assert report.state_of(run) == ("running" if held else "waiting")
+    assert (os.strerror(code) in capsys.readouterr().err) != held
+
+
+@pytest.mark.parametrize("environ", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "iso-8859-1"}], ids=str)
+def test_everything_is_utf_8_whatever_the_locale(lab, environ):
+    folder = lab.run("1_test", "baseline", 1, STEPS, task="Tänzer-v0")
+    lab.lines = [line.replace("better?", "besser für uns?") for line in lab.lines]
+    (lab.folder / "runs" / "logs").mkdir()
+    status = lab.page("--status", **environ)
+    assert status.returncode == 0 and folder.name in status.stdout.decode()
+    assert lab.page("--due", **environ).stdout == b""
+    assert lab.page("--export", "kept", **environ).returncode == 0
+    text = (lab.folder / "kept" / "report.md").read_text(encoding="utf-8")
+    assert "## Is it besser für uns? (1_test)" in text and " ± " in report.NOTES and "± is half" in text
+    assert "Tänzer-v0" in text and "\u00c3" not in text and (lab.folder / "kept" / f"{folder.name}.csv").exists()
+
+
+def test_the_page_and_what_is_exported(lab):
     """A CSV of returns for each finished run, its command and versions, and the page made of them."""
-    lab.seeds("1_test", "baseline", 100, 120).seeds("2a_utd", "utd_ratio_2", 500, 510)
-    lab.run("2a_utd", "utd_ratio_4", 1, STEPS, done=False).run("2b_multihead", "std_coef_0", 1)
-    lab.page()
-    text = (lab.folder / "runs" / "report" / "report.md").read_text()
+    updates = {"charts/updates": [0, 100, 200, 300, 1_234_567], "charts/training_seconds": [0, 1.5, 3, 4.5, 6.25]}
+    lab.seeds("1_test", "baseline", 100, 120).seeds("2a_utd", "utd_ratio_2", 500, 510, tags=updates)
+    lab.run("2a_utd", "utd_ratio_4", 1, STEPS, done=False), lab.run("2b_multihead", "std_coef_0", 1)
+    assert lab.page().returncode == 0
+    text = (lab.folder / "runs" / "report" / "report.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## Is it better\? \((.*)\)\n\n(.*)$", text, re.M))
     assert [*sections] == ["1_test", "2a_utd", "2b_multihead"] and "4 of 6 runs are done" in text
     assert sections["2a_utd"] == "**not enough data**: 2 of 3 runs, baseline 2 of 2"
-    assert "| `utd_ratio_2` | 2 of 2 | 378.8 ± 47.6; +296.2, p 0.5 | 505.0 ± 63.5; +395.0, p 0.5 |" in text
-    assert text.count("60.0 ± 0.0, × 1.00 |") == 3 and "![Forest plot](figures/forest.png)" in text
+    assert re.search(
+        r"\| `utd_ratio_2` \| 2 of 2 \| 378.8 ± 47.6; \+296.2 \[\+2\d\d\.\d, \+\d+\.\d\], p 0.00\d+ \|", text
+    )
+    assert text.count("60.0 ± 0.0 |") == 4 and "![Forest plot](figures/forest.png)" in text
 
     folder = lab.folder / "results"
     lab.page("--export", folder)
-    assert len(list(folder.glob("*.csv"))) == 4 and "4 of 4 runs are done" in (folder / "report.md").read_text()
-    assert (folder / "dog-run__bmpc__2__2a_utd__utd_ratio_2.csv").read_text() == (
+    assert len(list(folder.glob("*.csv"))) == 4 and "4 of 4 runs are done" in (folder / "report.md").read_text("utf-8")
+    assert (folder / "dog-run__bmpc__1__1_test__baseline.csv").read_text() == (
         "global_step,env_steps,planner_return,policy_return\n"
-        "0,0,0,0\n100,200,255,255\n200,400,510,510\n300,600,510,510\n400,800,510,510\n"
+        "0,0,0,0\n100,200,50,50\n200,400,100,100\n300,600,100,100\n400,800,100,100\n"
+    )
+    assert (folder / "dog-run__bmpc__2__2a_utd__utd_ratio_2.csv").read_text() == (
+        "global_step,env_steps,planner_return,policy_return,updates,training_seconds\n"
+        "0,0,0,0,0,0\n100,200,255,255,100,1.5\n200,400,510,510,200,3\n300,600,510,510,300,4.5\n"
+        "400,800,510,510,1234567,6.25\n"
     )
     about = json.loads((folder / "runs.json").read_text())["dog-run__bmpc__2__2a_utd__utd_ratio_2"]
     assert about["command"] == "python bmpc.py --x 2" and about["versions"] == {"torch": "2", "git_commit": "abc"}
@@ -248,11 +472,14 @@ def test_the_page_and_what_is_kept(lab):
         shutil.rmtree(directory)
     lab.page("--export", folder)  # what is kept of runs that are gone stays
     assert {file: file.read_bytes() for file in folder.rglob("*.*")} == first
+    (folder / "runs.json").write_text("")
+    refused = lab.page("--export", folder)
+    assert refused.returncode == 1 and refused.stderr.decode().endswith("runs.json: empty; nothing was exported\n")
 
 
 # --- results/
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/runs.json"))
 each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
@@ -282,44 +509,122 @@ def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
     files = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
     again = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
     drawn_here = f"Matplotlib version{matplotlib.__version__},".encode()
-    assert again.keys() == files.keys() and len(list(folder.glob("*.csv"))) == len(report.kept(folder))
+    assert again.keys() == files.keys() and len(list(folder.glob("*.csv"))) == len(run_files.load_exported(folder))
     for name, content in files.items():
         assert again[name] == content or (name.suffix == ".png" and drawn_here not in content), name
 
 
-def test_readme_has_the_answers():
-    """The rows of the report's own summary, behind the sweep's number, without task and seeds, which are the same."""
-    sweeps = report.group_runs(report.kept(ROOT / "results" / "ablations"))
-    sweeps |= report.group_runs(report.kept(ROOT / "results" / "3a_combined"))
-    asked = {sweep.split("0_")[-1].split("__")[-1].split("_")[0]: groups for sweep, groups in sweeps.items()}
-    del asked["1"]  # the baseline
-    rows = report.summary(sum((asked[number] for number in sorted(asked)), [])).splitlines()[2:]
-    assert sorted(asked) == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h", "3a"]
-    for number, row in zip(sorted(asked), rows, strict=True):
-        question, *cells, seeds, speed = row.strip("| ").split(" | ")
-        cells = [number, question.removesuffix(" (cartpole-swingup)"), *cells, speed]
-        assert f"\n| {' | '.join(cells)} |\n" in README
-        assert f"{'3a' if number == '3a' else 'seeds'}: {seeds}" in README
+def exported(name):
+    return run_files.load_exported(ROOT / "results" / name)
 
 
-def test_results_readme_tells_whether_more_than_the_updates_helps():
-    """3a beside the strongest of its parts, with the report's statistics."""
-    runs = [*report.kept(ROOT / "results" / "ablations"), *report.kept(ROOT / "results" / "3a_combined")]
-    measure = report.MEASURES[report.PRIMARY]
-    both, part = (
-        report.by_seed([r for r in runs if r.configuration == c], *measure) for c in ("combined", "utd_ratio_4")
-    )
-    one = report.difference(both, part)
-    estimate, low, high = map(one.percent, (one.apart.mean(), one.low, one.high))
-    assert f"{estimate:+.1f} % [{low:+.1f}, {high:+.1f}], p {one.p:.2f}" in (ROOT / "results/README.md").read_text()
+@functools.cache
+def answers():
+    """By the number of their sweep: the groups of the plan's questions, and that of 3a."""
+    sweeps = comparison.group_runs(exported("ablations")) | comparison.group_runs(exported("3a_combined"))
+    return {sweep.split("0_")[-1].split("__")[-1].split("_")[0]: groups[0] for sweep, groups in sweeps.items()}
+
+
+def of(runs, configuration):
+    return [run for run in runs if run.configuration == configuration]
+
+
+def test_readme_answers_each_question_in_a_sentence():
+    """Its number, one word in bold that is the report's, the highest estimate's configuration, seeds and interval."""
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| [23][a-h] \|", line)]
+    assert [row[0] for row in rows] == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h", "3a"]
+    for number, sentence, seeds, difference in rows:
+        found = answers()[number].differences[PRIMARY]
+        name, best = max(found.items(), key=lambda item: item[1].interval[0])
+        assert [best.verdict] == re.findall(r"\*\*(.+?)\*\*", sentence) and f"`{name}`" in sentence, sentence
+        assert seeds == f"{len(best.values)}, baseline {len(best.base)}" and difference == best.of_area, sentence
+        others = {one.verdict for other, one in found.items() if other != name}
+        assert others <= {"not resolved"}  # else the sentence has to say so
+
+
+def test_a_family_has_22_comparisons_and_the_repetition_of_the_baseline_is_a_check():
+    differences = [one for group in answers().values() for one in group.differences[PRIMARY]]
+    assert len(differences) == 22 + 1 and comparison.REPEATED_BASELINE not in differences  # 3a's is the other
+    (line,) = report.repetition_check(answers()["2c"])
+    assert line.endswith("seeds 1, 2, 3, 4, 5, 6, 7, 8 are equal to the baseline's bit for bit.")
+
+
+def results_readme():
+    return re.sub(r"\s+", " ", (ROOT / "results" / "README.md").read_text(encoding="utf-8"))
+
+
+def test_results_readme_has_the_numbers_of_the_plan_s_questions():
+    text, utd, dual = results_readme(), *(answers()[n].differences[PRIMARY] for n in ("2a", "2h"))
+    percent = lambda one: one.of_area.replace(" ", " % ", 1)
+    one = utd["utd_ratio_4"]
+    assert f"{percent(one)} of the baseline's area, p {one.p:.2g}." in text
+    assert f"({one.base.mean() - one.learned:.0f} of {one.base.mean():.0f})" in text
+    assert f"the difference is {one.of_learned.replace(' ', ' % ', 1)}." in text
+    one = dual["dual_policy"]
+    low, high = one.simultaneous
+    assert f"*depends on the test*: {percent(one)}. Welch's corrected p is {one.p:.2g};" in text
+    assert f"contains 0 ({low:+.1f} to {high:+.1f} in return)" in text
+    low, high = utd["utd_ratio_2"].simultaneous
+    assert low > 0 and 1.9 < utd["utd_ratio_2"].values.std(ddof=1) / utd["utd_ratio_2"].base.std(ddof=1) < 2.1
+    excluding = [one for one in answers()["2b"].differences[PRIMARY].values() if one.low > 0]
+    assert len(excluding) == 2 and min(one.p for one in excluding) > 0.05
+    assert f"{percent(answers()['3a'].differences[PRIMARY]['combined'])} for ten against ten." in text
+    runs = [*exported("ablations"), *exported("3a_combined")]
+    for own, base, form in (
+        ("combined", "utd_ratio_4", "it is {}, p {:.2f}:"),
+        ("dual_policy", "std_coef_1__local_bootstrap_on", "the second policy adds {}, p {:.2f}."),
+    ):
+        one = comparison.welch(*(comparison.measured(of(runs, c), *comparison.MEASURES[PRIMARY]) for c in (own, base)))
+        assert form.format(percent(one), one.p) in text
+
+
+def test_both_readmes_say_what_equal_compute_gives():
+    """After as many updates as the baseline makes, `utd_ratio_4` has made a quarter of its decisions."""
+    runs, _ = comparison.over_axis(exported("ablations"), "updates")
+    own, base = of(runs, "utd_ratio_4"), of(runs, "baseline")
+    assert {run.curve()[-1, 0] for run in own + base} == {10_000}
+    at_end = [np.mean([run.curve()[-1, 1] for run in side]) for side in (own, base)]
+    one = comparison.welch(*(comparison.measured(side, comparison.area_under_curve) for side in (own, base)))
+    share = f"{-one.percent(one.interval[0]):.0f} % lower"
+    assert "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end) in results_readme()
+    assert f"{share} ({one.of_area.replace(' ', ' % ', 1)})" in results_readme()
+    readme = re.sub(r"\s+", " ", README)
+    assert "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end) in readme and share in readme
+
+
+def test_both_readmes_say_how_wide_parity_is():
+    """The authors' three seeds of walker-walk stand in results/README.md; ours are kept."""
+    text = results_readme()
+    (listed,) = re.findall(r"walker-walk (\d+\.\d) and \d+\.\d, (\d+\.\d) and \d+\.\d, (\d+\.\d) and", text)
+    theirs = np.array([float(value) for value in listed])
+    for name in ("parity", "baseline"):
+        runs = [run for run in exported(name) if run.task == "walker-walk"]
+        one = comparison.welch(comparison.measured(runs, comparison.final_return), theirs)
+        sentence = "{:+.1f} with a 95 % interval of [{:+.1f}, {:+.1f}]".format(*one.interval)
+        assert report.spread(one.values) in text and (sentence if name == "parity" else f"{one} to their three") in text
+        assert name != "parity" or sentence in re.sub(r"\s+", " ", README)
+    for task, name in (("cartpole-swingup", "parity"), ("cartpole-swingup", "baseline"), ("finger-spin", "baseline")):
+        ours = comparison.measured([run for run in exported(name) if run.task == task], comparison.final_return)
+        half = comparison.half_interval(ours) * math.sqrt(len(ours) + 1)  # of a further seed
+        assert f"{ours.mean():.1f} ± {half:.1f}" in text and report.spread(ours) in text
+
+
+def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
+    runs = exported("ablations")
+    twin, base = of(runs, comparison.REPEATED_BASELINE), of(runs, "baseline")
+    sides = (base, [run for run in base if run.seed <= 8])
+    total, same_seeds = (run_files.speeds(twin).mean() / run_files.speeds(side).mean() for side in sides)
+    assert f"ran at × {total:.2f} of its decisions a second" in results_readme()
+    assert f"× {same_seeds:.2f} of those of its own eight seeds" in results_readme()
+    assert comparison.relative_speed(twin, base) == ""
 
 
 def test_readme_has_the_table():
     """Mean of the last three evaluations over seeds, with t-intervals: planner, policy alone, and their difference."""
     for folder in ("baseline", "dog_run"):
-        (groups,) = report.group_runs(report.kept(ROOT / "results" / folder)).values()
+        (groups,) = comparison.group_runs(exported(folder)).values()
         for group in groups:
-            planner = report.measured(group.runs, report.final_return)
-            policy = report.measured(group.runs, report.final_return, report.POLICY)
+            planner = comparison.measured(group.runs, comparison.final_return)
+            policy = comparison.measured(group.runs, comparison.final_return, POLICY)
             cells = [group.task, str(len(planner)), *map(report.spread, (planner, policy, planner - policy))]
             assert f"| {' | '.join(cells)} |" in README

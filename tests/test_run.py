@@ -118,7 +118,7 @@ def test_environment_i_episode_k_is_the_same_whoever_ran_before(task, repeat):
             sent = np.array(actions[k, :num_envs])
             sent[place] = actions[k, 0]
             envs.step_async(sent)
-            obs, reward, _, _ = envs.step_wait()
+            obs, reward, _, _, _ = envs.step_wait()
             trajectory.append(np.append(obs[place], reward[place]))
         envs.close()
         seen.append(trajectory)

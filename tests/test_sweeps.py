@@ -1,6 +1,7 @@
-"""sweeps.sh: its runs are the plan's, and they finish: through failures, Ctrl-C, kills and second invocations."""
+"""sweeps.sh: its runs are those of the plan, and they finish despite failures, signals and concurrent invocations."""
 
 import dataclasses
+import fcntl
 import functools
 import importlib
 import itertools
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +23,9 @@ from runs import patiently
 
 import bmpc
 
-SCRIPTS = ["bmpc", "bmpc_multihead", "bmpc_dual_policy", "tdmpc2"]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# The plan once more, written down apart from the folders: sweep -> script and the values of its flags.
+# The plan, written down independently of the folders: sweep -> script and the values of its flags.
 HEADS = {"planner_num_dynamics_heads": [2], "ensemble_lr_scaling": [True]}
 DUAL = HEADS | {"local_td_bootstrap": [True], "dual_policy_enabled": [True], "planner_value_std_coef_train": [1]}
 BONUS = HEADS | {"planner_value_std_coef_train": [0, 0.3, 1], "local_td_bootstrap": [True, False]}
@@ -40,44 +42,67 @@ PLAN = {
     "2g_trust_region": ("bmpc", EMA | {"policy_trust_region_coef": [0.1, 1]}),
     "2h_exploration": ("bmpc_dual_policy", DUAL),
 }
-SMALL = ["--", "--steps", "20"]
+SHORT = ["--", "--steps", "20"]
+TIMEOUT = 300  # seconds after which a command counts as hanging
 
 
-def environment(**more):
+def environment(**changes):
+    """This process's environment without variables that change what sweeps.sh does; None removes a variable."""
     clean = {k: v for k, v in os.environ.items() if not re.match("SWEEPS_|SLURM|SBATCH|OMP_|CUDA_|FAKE_", k)}
-    return clean | {"PYTHON": sys.executable} | {k: str(v) for k, v in more.items()}
+    changed = clean | {"PYTHON": sys.executable} | changes
+    return {name: str(value) for name, value in changed.items() if value is not None}
+
+
+def write_executable(path, *lines):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
 
 
 @dataclasses.dataclass
 class Lab:
-    """A project with sweeps, and a directory to run them in."""
+    """A project with sweeps, and the current directory of the commands."""
 
     project: Path = ROOT
     cwd: Path = ROOT
 
-    def start(self, *arguments, how=subprocess.Popen, **more):
+    def start(self, *arguments, how=subprocess.Popen, streams=subprocess.PIPE, preexec_fn=None, **variables):
+        """Starts sweeps.sh, as the leader of a session."""
         command = ["bash", self.project / "sweeps.sh", *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return how(command, cwd=self.cwd, env=environment(**more), start_new_session=True, **pipes)
+        options = {"stdout": streams, "stderr": streams, "text": True, "start_new_session": True}
+        return how(command, cwd=self.cwd, env=environment(**variables), preexec_fn=preexec_fn, **options)
 
-    def run(self, *arguments, **more):
-        return self.start(*arguments, how=functools.partial(subprocess.run, timeout=120), **more)
+    def run(self, *arguments, **variables):
+        return self.start(*arguments, how=functools.partial(subprocess.run, timeout=TIMEOUT), **variables)
 
-    def dry_run(self, *arguments, **more):
-        done = self.run("--dry-run", *arguments, **more)
+    def dry_run(self, *arguments, **variables):
+        done = self.run("--dry-run", *arguments, **variables)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
+
+    def add_sweep(self, text, name="3a_combined", group="7_bmpc_equivalence"):
+        folder = self.project / "sweep_list" / group / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sweep.sh").write_text(text)
+        return folder
+
+    def stub_slurm(self):
+        """Commands of SLURM that write their arguments to `sbatch.args` and `scontrol.args`; every task is running."""
+        for name in ("sbatch", "scontrol"):
+            write_executable(self.cwd / "bin" / name, f'printf "%s\\n" "$@" >{name}.args')
+        write_executable(self.cwd / "bin" / "squeue", "echo RUNNING")
+        return f"{self.cwd / 'bin'}:{os.environ['PATH']}"
 
     @property
     def runs(self):
         return sorted((self.cwd / "runs").glob("*__*"))
 
-    def at_gate(self, number):
-        """Waits until so many runs are midway, and returns them."""
+    def wait_at_gate(self, number):
+        """Waits until this many runs have reached FAKE_GATE. Returns their directories."""
         files = lambda: sorted(self.cwd.glob("runs/*/checkpoint.pt"))
-        midway = lambda: [file.parent for file in files() if '"tenth": 5' in file.read_text()]
-        patiently(lambda: len(midway()) == number, self)
-        return midway()
+        halfway = lambda: [file.parent for file in files() if '"tenth": 5' in file.read_text()]
+        patiently(lambda: len(halfway()) == number, self)
+        return halfway()
 
 
 def starts(run_dir):
@@ -97,57 +122,56 @@ def lab(tmp_path):
 
 
 @functools.cache
-def arguments(script, *flags):
+def parse_flags(script, *flags):
     return importlib.import_module(script).parse_args(flags)
 
 
 def parse(line):
-    """What a script makes of a command line. Seeds are put in afterwards: to read the flags takes long."""
+    """The Args that a script makes of a command line. Parsing is slow and cached, so the seed is set afterwards."""
     _python, script, *flags = shlex.split(line)
     k = flags.index("--seed")
-    args = arguments(Path(script).stem, *flags[:k], *flags[k + 2 :])
+    args = parse_flags(Path(script).stem, *flags[:k], *flags[k + 2 :])
     return dataclasses.replace(args, seed=int(flags[k + 1]))
 
 
-def planned(names, seeds=(1, 2)):
-    """The arguments of the plan's runs, each named by its sweep; what the plan does not name is at its default."""
+def expected_runs(names, seeds=(1, 2)):
+    """The Args of the plan's runs with the sweep as run_name; what the plan does not name has its default."""
     runs = Counter()
     for name, seed in itertools.product(names, seeds):
         script, flags = PLAN[name]
-        own = {"env_id": "dog-run", "total_timesteps": 200_000, "seed": seed, "run_name": name}
+        common = {"env_id": "dog-run", "total_timesteps": 200_000, "seed": seed, "run_name": name}
         for values in itertools.product(*flags.values()):
-            runs[importlib.import_module(script).Args(**own, **dict(zip(flags, values)))] += 1
+            runs[importlib.import_module(script).Args(**common, **dict(zip(flags, values)))] += 1
     return runs
 
 
-def found(lines):
-    """The same of the lines that sweeps.sh prints."""
-    return Counter(dataclasses.replace(one, run_name=one.run_name.split("__")[0]) for one in map(parse, lines))
+def parsed_runs(lines):
+    """The same for the lines that sweeps.sh prints."""
+    return Counter(dataclasses.replace(args, run_name=args.run_name.split("__")[0]) for args in map(parse, lines))
+
+
+# --- Which runs
 
 
 def test_dry_run_prints_the_plan():
     lines = Lab().dry_run("all")
-    assert len(lines) == 46 and found(lines) == planned(PLAN.keys() - {"1_test"})
-    assert found(Lab().dry_run(*(sweep.split("_")[0] for sweep in PLAN), "all", "2a_utd")) == planned(PLAN)
+    assert len(lines) == 46 and parsed_runs(lines) == expected_runs(PLAN.keys() - {"1_test"})
+    short_names = (sweep.split("_")[0] for sweep in PLAN)
+    assert parsed_runs(Lab().dry_run(*short_names, "all", "2a_utd")) == expected_runs(PLAN)
 
 
 def test_seeds():
-    """They replace those of the settings and of a sweep that has its own, and reach what is included."""
+    """They replace those of the settings and of a sweep that has its own, and apply to included sweeps."""
     lines = Lab().dry_run("2c", "1_test", "--seeds", "1,2,3,4,5")
-    assert found(lines) == planned(["1_test", "2c_expert_source"], (1, 2, 3, 4, 5))
-    numbers = {
-        "0_dog_run": 1,
-        "0_baseline": 5,
-        "0_ablations": 24,
-        "0_rehearsal": 24,
-        "0_3a_combined": 2,
-        "0_tdmpc2": 10,
-    }
+    assert parsed_runs(lines) == expected_runs(["1_test", "2c_expert_source"], (1, 2, 3, 4, 5))
+    seed_of = lambda line: int(re.search(r" --seed (\d+) ", line)[1])
+    numbers = {"0_dog_run": 1, "0_baseline": 5, "0_ablations": 24, "0_rehearsal": 24, "0_3a_combined": 2}
+    numbers["0_tdmpc2"] = 10
     for sweep, number in numbers.items():
         lines = Lab().dry_run(sweep, SWEEPS_SEEDS="7,9")
-        assert Counter(parse(line).seed for line in lines) == {7: number, 9: number}
-    seeds = Counter(parse(line).seed for line in Lab().dry_run("0_ablations"))
-    assert seeds == dict.fromkeys(range(1, 9), 24) | dict.fromkeys(range(9, 31), 1)  # more of the baseline
+        assert Counter(seed_of(line) for line in lines) == {7: number, 9: number}
+    seeds = Counter(seed_of(line) for line in Lab().dry_run("0_ablations"))
+    assert seeds == dict.fromkeys(range(1, 9), 24) | dict.fromkeys(range(9, 31), 1)  # more seeds of the baseline
     status = Lab(cwd=Path("/")).run("2d", "--status", "--seeds=3,4,5")
     assert re.findall(r"waiting.*__bmpc__(\d)__2d", status.stdout) == ["3", "4", "5"] and status.returncode == 75
 
@@ -156,27 +180,32 @@ def test_a_sweep_that_names_its_baseline_is_compared_with_it(tmp_path):
     assert Lab(cwd=tmp_path).run("0_3a_combined", "--report").returncode == 0
     page = (tmp_path / "runs/report/report.md").read_text()
     assert "0 of 10 runs, baseline 0 of 10\n" in page
+
+
+def test_td_mpc2_runs_beside_the_runs_of_the_small_baseline():
+    """25 runs of each script; BMPC's are those of 0_baseline, with two more seeds."""
     lines = Lab().dry_run("0_tdmpc2")
-    assert len(lines) == 50 and Counter(line.split()[1] for line in lines) == {"tdmpc2.py": 25, "bmpc.py": 25}
-    assert set(Lab().dry_run("0_baseline")) < set(lines)  # BMPC's runs are those of 0_baseline, with two more seeds
+    assert Counter(Path(shlex.split(line)[1]).name for line in lines) == {"tdmpc2.py": 25, "bmpc.py": 25}
+    assert set(Lab().dry_run("0_baseline")) < set(lines)
 
 
 TASKS = "cup-catch finger-turn-easy pointmass-easy dm_control/walker-walk-v0 gymnasium:Pendulum-v1".split()
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_run_directories_are_the_scripts_own(task):
-    asked = ["2d", "2h", "--", "--task", task]
-    own = [dataclasses.replace(args, env_id=bmpc.resolve_env_id(task)) for args in map(parse, Lab().dry_run(*asked))]
-    shown = Lab(cwd=Path("/")).run("--status", *asked).stdout
-    assert re.findall(r"waiting.* (\S+__\S+)", shown) == [bmpc.run_directory(args).name for args in own]
+def test_run_directories_are_those_of_the_scripts(task):
+    arguments = ["2d", "2h", "--", "--task", task]
+    runs = map(parse, Lab().dry_run(*arguments))
+    expected = [bmpc.run_directory(dataclasses.replace(run, env_id=bmpc.resolve_env_id(task))).name for run in runs]
+    status = Lab(cwd=Path("/")).run("--status", *arguments).stdout
+    assert re.findall(r"waiting.* (\S+__\S+)", status) == expected
 
 
 def test_the_document_agrees_with_the_folders():
     plan = ROOT / "sweep_list" / "7_bmpc_equivalence"
     text = (plan / "ABLATION_SWEEPS.md").read_text()
     rows = re.findall(r"^\| (2[a-h]\w*) \|.*\| (\d+) \| (\d+) \|", text, re.M)
-    sizes = {sweep: len(planned([sweep])) for sweep in PLAN if sweep != "1_test"}
+    sizes = {sweep: len(expected_runs([sweep])) for sweep in PLAN if sweep != "1_test"}
     assert {name: (int(a), int(b)) for name, a, b in rows} == {name: (n // 2, n) for name, n in sizes.items()}
     for file in plan.glob("*/sweep.sh"):
         question = re.search(r'^question "(.*)"', file.read_text(), re.M)[1]
@@ -184,50 +213,193 @@ def test_the_document_agrees_with_the_folders():
 
 
 def test_a_new_folder_is_a_new_sweep(lab):
-    folder = lab.project / "sweep_list" / "7_bmpc_equivalence" / "3a_combined"
-    folder.mkdir()
-    shutil.copy(ROOT / "sweep_list" / "template.sh", folder / "sweep.sh")
+    lab.add_sweep((ROOT / "sweep_list" / "template.sh").read_text())
     runs = [parse(line) for line in lab.dry_run("3a")]
     assert len(lab.dry_run("all")) == 54 and all(args.planner_num_dynamics_heads == 2 for args in runs)
     varied = {(args.planner_value_std_coef_train, args.td_target_use_ema_policy, args.seed) for args in runs}
     assert varied == set(itertools.product([0.3, 1], [True, False], [1, 2]))
-    with open(folder / "sweep.sh", "a") as file:
-        file.write("for gamma in 1 2; do run bmpc.py same_name --gamma $gamma; done\n")
-    assert "share runs/dog-run__bmpc__1__3a_combined__same_name" in lab.run("3a").stderr
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ([], "which sweep"),
-        (["2z"], "names 0 of: all 0_cpu/0_3a_combined/"),
-        (["0"], "names 8 of"),
-        (["2a", "--jobs", "0"], "--jobs"),
-        (["2a", "--jobs"], "--jobs"),
-        (["2a", "--gpus", "0,"], "--gpus"),
-        (["2a", "--seeds", "1,two"], "--seeds"),
-        (["2a", "--job", "2"], "--job"),
-        (["2a", "--", "--seed", "3"], "--seed"),
-        (["2a", "--", "--run_name=x"], "--run-name"),
-        (["2a", "--", "--steps", "many"], "--steps"),
-        (["2a", "--slurm", "--gpus", "0"], "--gres"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(lab, arguments, words):
-    done = lab.run(*arguments)
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and words in done.stderr
-    assert not lab.runs
+def test_a_complete_name_is_preferred_to_the_beginning_of_another(lab):
+    lab.add_sweep("run bmpc.py best", name="2a")
+    lines = lab.dry_run("2a", "2a_utd", "--seeds", "1")
+    assert [re.search("--run-name (2a.*?)__", line)[1] for line in lines] == ["2a", "2a_utd", "2a_utd"]
 
 
-def test_environment_variables_say_the_same():
+def test_environment_variables_mean_the_same():
     flags = ["--task", "walker-walk", "--steps", "10", "--utd-ratio", "8"]
-    asked = Lab().dry_run("2a", "1_test", "--seeds", "4", "--", *flags)
+    by_arguments = Lab().dry_run("2a", "1_test", "--seeds", "4", "--", *flags)
     variables = {"NAMES": "2a 1_test", "MODE": "dry-run", "SEEDS": "4", "FLAGS": " ".join(flags)}
-    said = Lab().run(**{f"SWEEPS_{name}": value for name, value in variables.items()})
-    assert len(asked) == 3 and said.stdout.splitlines() == asked
-    told = [(args.env_id, args.total_timesteps, args.utd_ratio, args.seed) for args in map(parse, asked)]
-    assert told == [("walker-walk", 10, 8, 4)] * 3, "flags after -- win"
+    by_variables = Lab().run(**{f"SWEEPS_{name}": value for name, value in variables.items()})
+    assert len(by_arguments) == 3 and by_variables.stdout.splitlines() == by_arguments
+    values = [(args.env_id, args.total_timesteps, args.utd_ratio, args.seed) for args in map(parse, by_arguments)]
+    assert values == [("walker-walk", 10, 8, 4)] * 3, "flags after -- override those of the sweeps"
     assert "--jobs" in Lab().run("2a", SWEEPS_JOBS="none").stderr and "--seeds 1,2,3" in Lab().run("--help").stdout
+
+
+@pytest.mark.parametrize("space", ["\n", "\t", "   ", "\r\n", " \n\t "], ids=repr)
+def test_white_space_of_any_kind_separates(space):
+    lists = {"SWEEPS_NAMES": ["2a", "2f"], "SWEEPS_FLAGS": ["--task", "cartpole-swingup", "--steps", "400"]}
+    variables = {name: space + space.join(words) + space for name, words in lists.items()}
+    lines = Lab().dry_run(SWEEPS_SEEDS=f"3{space}4", **variables)
+    assert lines == Lab().dry_run("2a", "2f", "--seeds", f"{space}3{space},{space}4", "--", *lists["SWEEPS_FLAGS"])
+    assert Counter((args.env_id, args.total_timesteps, args.seed) for args in map(parse, lines)) == {
+        ("cartpole-swingup", 400, 3): 4,
+        ("cartpole-swingup", 400, 4): 4,
+    }
+
+
+# --- Messages: each is one line, and what it advises works
+
+
+DRY_RUN = ["2a", "--dry-run"]
+ARGUMENT_MESSAGES = {  # arguments that are wrong -> the message ("...": anything), arguments that follow its advice
+    "": (
+        "no sweep is named; bash sweeps.sh all runs the plan, bash sweeps.sh --help lists the options",
+        [["all", "--dry-run"], ["--help"]],
+    ),
+    "2a --job 2": (
+        "unknown option --job; bash sweeps.sh --help lists the options, and flags of the runs come after --",
+        [["--help"], [*DRY_RUN, "--", "--job", "2"]],
+    ),
+    "2a --seeds": ("--seeds needs a value", [[*DRY_RUN, "--seeds", "1"]]),
+    "2a --jobs 0": ("--jobs must be a whole number above 0, not '0'", [[*DRY_RUN, "--jobs", "1"]]),
+    "2a --gpus 0,": ("--gpus must be a list such as 0,1, not '0,'", [[*DRY_RUN, "--gpus", "0,1"]]),
+    "2a --gpus 0,,1": ("--gpus must be a list such as 0,1, not '0,,1'", [[*DRY_RUN, "--gpus", "0,1"]]),
+    "2a --seeds 1,two": ("--seeds must be a list such as 1,2,3, not '1,two'", [[*DRY_RUN, "--seeds", "1,2,3"]]),
+    "2a --slurm --gpus 0": (
+        '--gpus is for this machine; with --slurm use --sbatch "--gres=gpu:1"',
+        [["2a", "--slurm", "--sbatch", "--gres=gpu:1"]],
+    ),
+    "2a --axis hours --report": (
+        "--axis must be decisions, updates or seconds, not 'hours'",
+        [["2a", "--report", "--axis", axis] for axis in ("decisions", "updates", "seconds")],
+    ),
+    "2a --axis updates": ("--axis needs --report", [["2a", "--axis", "updates", "--report"]]),
+    "2a --export kept": ("--export needs --report", [["2a", "--export", "kept", "--report"]]),
+    "2a -- --seed 3": (
+        "the sweeps set --seed, --run-name and --exp-name; for other seeds use --seeds 1,2,3 before --",
+        [[*DRY_RUN, "--seeds", "1,2,3", "--"]],
+    ),
+    "2a -- --run_name=x": ("the sweeps set --seed, --run-name and --exp-name; ...", []),
+    "2a -- --steps many": ("2a_utd: each run needs --task and --steps, a whole number", [[*DRY_RUN, *SHORT]]),
+}
+SWEEP_MESSAGES = {  # a sweep.sh that is wrong -> the message, a sweep.sh that follows its advice
+    "": (
+        "3a: no runs; add a line 'run SCRIPT CONFIGURATION FLAG...' to the sweep.sh",
+        "run bmpc.py one --horizon 2",
+    ),
+    "seeds\nrun bmpc.py one": (
+        "3a_combined has no seeds; add the line 'seeds 1 2' to its sweep.sh, or use --seeds 1,2",
+        "seeds 1 2\nrun bmpc.py one",
+    ),
+    "run bmpc.py one --horizon 2\nrun bmpc.py one --horizon 3": (
+        "two configurations of 3a_combined share the run directory runs/dog-run__bmpc__1__3a_combined__one;"
+        " give them different names",
+        "run bmpc.py one --horizon 2\nrun bmpc.py two --horizon 3",
+    ),
+    "include 7_bmpc_equivalence 2z": (
+        "3a_combined includes 7_bmpc_equivalence 2z, which is not in ...; name a GROUP or a GROUP and a SWEEP of it",
+        "include 7_bmpc_equivalence 2a_utd\ninclude 0_cpu 0_dog_run",
+    ),
+}
+ADVICE = "activate the virtual environment, or set PYTHON to its interpreter"
+OTHER_MESSAGES = {
+    "mode": "SWEEPS_MODE must be run, dry-run, status, report or slurm, not 'all'",
+    "unknown": "there is no sweep '2z'; the sweeps are: all ...",
+    "ambiguous": "'0' is the beginning of several names; give one or more of: ...",
+    "duplicate": "several sweeps are named '2a_utd'; rename all but one of: ...",
+    "python": f"there is no Python interpreter 'python'; {ADVICE}",
+    "packages": f"... cannot import all of numpy scipy torch; {ADVICE}",
+    "sbatch": "there is no sbatch here, which --slurm needs; without --slurm the runs start here",
+}
+
+
+def check_message(done, message):
+    """Invalid input: exit code 2, and one line on standard error alone."""
+    assert done.returncode == 2 and done.stdout == "", done
+    pattern = ".*".join(map(re.escape, f"sweeps.sh: {message}\n".split("...")))
+    assert re.fullmatch(pattern, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("wrong", ARGUMENT_MESSAGES)
+def test_wrong_arguments_are_refused_with_advice_that_works(lab, wrong):
+    message, fixes = ARGUMENT_MESSAGES[wrong]
+    (lab.project / "sweep_list" / "report.py").write_text(STUB_REPORT)
+    path = lab.stub_slurm()
+    check_message(lab.run(*wrong.split(), PATH=path), message)
+    assert not (lab.cwd / "runs").exists(), "nothing is created before"
+    for arguments in fixes:
+        done = lab.run(*arguments, PATH=path)
+        assert done.returncode == 0 and done.stderr == "", arguments
+
+
+STUB_REPORT = """\
+import sys
+print("arguments:", *sys.argv[1:])
+sys.stdout.writelines(sys.stdin)
+"""
+
+
+@pytest.mark.parametrize("wrong", SWEEP_MESSAGES)
+def test_a_wrong_sweep_is_refused_with_advice_that_works(lab, wrong):
+    message, fixed = SWEEP_MESSAGES[wrong]
+    lab.add_sweep(wrong)
+    check_message(lab.run("3a"), message)
+    lab.add_sweep(fixed)
+    assert len(lab.dry_run("3a")) > 1
+
+
+def test_names_that_a_message_offers_are_sweeps(lab):
+    for name, message in (("2z", "unknown"), ("0", "ambiguous")):
+        done = lab.run(name)
+        check_message(done, OTHER_MESSAGES[message])
+        offered = done.stderr.split(": ")[-1].split()
+        assert len(offered) >= 7 and len(lab.dry_run(*offered, "--seeds", "1")) >= 7
+    folder = lab.add_sweep("run bmpc.py one", name="2a_utd", group="9_mine")
+    done = lab.run("2a_utd")
+    check_message(done, OTHER_MESSAGES["duplicate"])
+    assert str(folder) in done.stderr
+    folder.rename(folder.with_name("1_first"))
+    assert len(lab.dry_run("2a_utd")) == 4
+    first = ["1_first", "--seeds", "1", "--", "--task", "dog-run", "--steps", "20"]  # this group has no settings.sh
+    assert len(lab.dry_run(*first)) == 1
+    check_message(lab.run(*first, SWEEPS_MODE="all"), OTHER_MESSAGES["mode"])
+    assert [lab.run(*first, SWEEPS_MODE=mode).returncode for mode in ("status", "run", "status")] == [75, 0, 0]
+
+
+def test_every_message_is_followed():
+    """The tables above have each message of `die`."""
+    messages = [message for message, _ in [*ARGUMENT_MESSAGES.values(), *SWEEP_MESSAGES.values()]]
+    messages += OTHER_MESSAGES.values()
+    source = (ROOT / "sweeps.sh").read_text().replace("$advice", ADVICE)
+    calls = re.findall(r"""\bdie (["'])(.*?)\1""", source)
+    assert len(calls) == len(re.findall(r"\bdie (?!\()", source)) > 15
+    for _quote, text in calls:
+        pattern = ".*".join(map(re.escape, re.split(r"\$\{[^}]*\}|\$\w+", text)))
+        assert any(re.fullmatch(pattern, message) for message in messages), text
+
+
+# --- The interpreter
+
+
+def test_the_interpreter(lab):
+    """`python`, else `python3`; without one, or with one that lacks the packages, the message says what helps."""
+    tools = lab.cwd / "tools"
+    tools.mkdir()
+    for name in "bash basename dirname mkdir nproc sed sleep tail".split():
+        (tools / name).symlink_to(shutil.which(name))
+    bare = {"PYTHON": None, "PATH": tools}
+    check_message(lab.run("2d", *SHORT, **bare), OTHER_MESSAGES["python"])
+    assert lab.dry_run("2d", *SHORT, **bare)[0].startswith("python ")  # runs nothing, so it needs none
+    write_executable(tools / "python3", f'exec {shlex.quote(sys.executable)} -S "$@"')  # -S: without site-packages
+    check_message(lab.run("2d", *SHORT, **bare), OTHER_MESSAGES["packages"])
+    check_message(lab.run("2d", "--slurm", *SHORT, **bare), OTHER_MESSAGES["sbatch"])
+    assert not lab.runs
+    write_executable(tools / "python3", f'exec {shlex.quote(sys.executable)} "$@"')
+    assert lab.dry_run("2d", *SHORT, **bare)[0].startswith("python3 ")
+    assert lab.run("2d", *SHORT, **bare).returncode == 0  # also what the message about sbatch advises
+    assert lab.run("2d", "--seeds", "3", *SHORT, PATH=tools).returncode == 0  # PYTHON is set
 
 
 def test_shellcheck():
@@ -236,109 +408,186 @@ def test_shellcheck():
     subprocess.run([Path(sys.executable).with_name("shellcheck"), "-x", *files], check=True)
 
 
-def test_done_runs_are_skipped_and_longer_ones_go_on(lab):
-    first = lab.run("2a", "2h", "--jobs", "3", *SMALL)
+# --- Execution
+
+
+def test_done_runs_are_skipped_and_longer_ones_are_resumed(lab):
+    first = lab.run("2a", "2h", "--jobs", "3", *SHORT)
     assert first.returncode == 0 and "6 runs: 6 done" in first.stdout and len(lab.runs) == 6
-    again = lab.run("2a", "2h", "2d", *SMALL)
+    again = lab.run("2a", "2h", "2d", *SHORT)
     assert again.returncode == 0 and again.stdout.count("start ") == 2
     assert [len(starts(run)) for run in lab.runs] == [1] * 8
-    assert lab.run("2a", "--report", "--seeds", "1,2,3", *SMALL).returncode == 0
+    assert lab.run("2a", "--report", "--seeds", "1,2,3", *SHORT).returncode == 0
     assert "4 of 6 runs, baseline 0 of 3" in (lab.cwd / "runs" / "report" / "report.md").read_text()
-    lab.run("2h", "--report", "--export", "kept", *SMALL)
+    lab.run("2h", "--report", "--export", "kept", *SHORT)
     assert len(list(lab.cwd.glob("kept/*2h*.csv"))) == 2
     assert lab.run("2h", "--", "--steps", "40").returncode == 0
     assert [len(starts(run)) for run in lab.runs if "2h" in run.name] == [2, 2]
-    line = lab.dry_run("2d", "--", "--steps", "60")[0]  # a line runs as it stands
+    line = lab.dry_run("2d", "--", "--steps", "60")[0]  # a printed command can be run
     subprocess.run(["bash", "-c", line], cwd=lab.cwd, env=environment(), check=True)
     assert [len(starts(run)) for run in lab.runs if "2d" in run.name] == [2, 1]
 
 
+def test_options_of_the_report(lab):
+    (lab.project / "sweep_list" / "report.py").write_text(STUB_REPORT)
+    asked = lambda *arguments, **variables: lab.run("2a", *arguments, **variables).stdout.splitlines()[0]
+    assert asked("--report") == "arguments:" and asked("--status", SWEEPS_AXIS="updates") == "arguments: --status"
+    assert asked("--report", "--axis", "updates") == "arguments: --axis updates"
+    both = asked(SWEEPS_MODE="report", SWEEPS_AXIS="seconds", SWEEPS_EXPORT="kept")
+    assert both == "arguments: --export kept --axis seconds"
+
+
 @pytest.mark.parametrize("code", [2, 137])  # 137: killed
-def test_a_failed_run_is_told_and_the_others_go_on(lab, code):
-    done = lab.run("2a", "--jobs", "2", *SMALL, FAKE_FAIL="1__2a_utd__utd_ratio_4", FAKE_CODE=code)
+def test_a_failed_run_is_reported_and_the_others_continue(lab, code):
+    done = lab.run("2a", "--jobs", "2", *SHORT, FAKE_FAIL="1__2a_utd__utd_ratio_4", FAKE_CODE=code)
     assert done.returncode == 1 and done.stdout.endswith("4 runs: 3 done, 0 running, 1 failed, 0 waiting\n")
     line = re.search("FAILED .*", done.stdout)[0]
     assert f"exit code {code}" in line and "a loss is not finite" in line
     log = lab.cwd / re.search(r"runs/logs/\S+\.log", line)[0]
     assert "a loss is not finite" in log.read_text() and "--utd-ratio 4" in log.read_text()
-    status = lab.run("2a", "--status", *SMALL)
+    status = lab.run("2a", "--status", *SHORT)
     assert status.returncode == 1 and f"{log.relative_to(lab.cwd)}\n" in status.stdout
-    assert lab.run("2a", *SMALL).returncode == 0  # tried again, from its checkpoint
+    assert lab.run("2a", *SHORT).returncode == 0  # retried, from its checkpoint
     assert [start["tenth"] for run in lab.runs for start in starts(run) if len(starts(run)) > 1] == [0, 5]
 
 
-# A terminal's Ctrl-C goes to the whole foreground process group
+# A terminal sends the signal of Ctrl-C to the whole foreground process group
 @pytest.mark.parametrize("send, number, jobs", [(os.killpg, signal.SIGINT, 2), (os.kill, signal.SIGTERM, 4)])
-def test_a_signal_stops_the_runs_once_and_keeps_what_they_have(lab, send, number, jobs):
-    process = lab.start("2a", "--jobs", jobs, *SMALL, FAKE_GATE=lab.cwd / "gate")
-    stopped = lab.at_gate(jobs)
+def test_a_signal_stops_each_run_once_and_loses_nothing(lab, send, number, jobs):
+    process = lab.start("2a", "--jobs", jobs, *SHORT, FAKE_GATE=lab.cwd / "gate")
+    stopped = lab.wait_at_gate(jobs)
     send(process.pid, number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75
     assert out.count("stopped ") == jobs and out.endswith("4 runs: 0 done, 0 running, 0 failed, 4 waiting\n")
-    assert lab.runs == stopped, "no further run was begun"
+    assert lab.runs == stopped, "no further run was started"
     assert [(run / "signals").read_text() for run in stopped] == ["SIGTERM\n"] * jobs
-    assert lab.run("2a", "--status", *SMALL).stdout.count(" 10/20 ") == jobs
-    assert lab.run("2a", *SMALL).returncode == 0
+    assert lab.run("2a", "--status", *SHORT).stdout.count(" 10/20 ") == jobs
+    assert lab.run("2a", *SHORT).returncode == 0
     assert [len(starts(run)) for run in lab.runs] == [2 if run in stopped else 1 for run in lab.runs]
     assert [starts(run)[-1]["tenth"] for run in stopped] == [5] * jobs
 
 
-def test_a_run_stopped_before_it_listens_is_not_failed(lab):
+@pytest.mark.parametrize("event", ["the terminal closes", "Ctrl-C ends the reader of the output, too"])
+def test_runs_are_stopped_when_the_output_is_closed(lab, event):
+    options = ["2d", "--jobs", "2", *SHORT]
+    if event == "the terminal closes":
+        terminal, terminal_end = os.openpty()
+        attach = lambda: fcntl.ioctl(terminal_end, termios.TIOCSCTTY, 0)
+        process = lab.start(*options, streams=terminal_end, preexec_fn=attach, FAKE_GATE=lab.cwd / "gate")
+        os.close(terminal_end)
+        stopped = lab.wait_at_gate(2)
+        os.close(terminal)  # the kernel sends SIGHUP
+    else:
+        process = lab.start(*options, FAKE_GATE=lab.cwd / "gate")
+        stopped = lab.wait_at_gate(2)
+        process.stdout.close()
+        process.stderr.close()
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=TIMEOUT) == 75
+    assert [(run / "signals").read_text() for run in stopped] == ["SIGTERM\n"] * 2
+    logs = [log.read_text() for log in lab.cwd.glob("runs/logs/*.log")]
+    assert len(logs) == 2 and all(log.endswith("== exit code 75\n") for log in logs)
+
+
+def test_nohup_runs_survive_the_terminal(lab):
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process = lab.start("2d", "--jobs", "2", *SHORT, preexec_fn=ignore, FAKE_GATE=lab.cwd / "gate")
+    lab.wait_at_gate(2)
+    os.killpg(process.pid, signal.SIGHUP)
+    for run in lab.runs:
+        os.kill(starts(run)[0]["pid"], signal.SIGHUP)
+    (lab.cwd / "gate").touch()
+    assert process.communicate(timeout=TIMEOUT)[0].endswith("2 runs: 2 done, 0 running, 0 failed, 0 waiting\n")
+    assert process.returncode == 0
+
+
+def test_a_run_stopped_before_its_signal_handlers_exist_is_not_failed(lab):
     (lab.project / "bmpc.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
-    process = lab.start("2d", *SMALL)
+    process = lab.start("2d", *SHORT)
     patiently(lambda: any("begun" in log.read_text() for log in lab.cwd.glob("runs/logs/*.log")), lab)
     process.terminate()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75 and "2 runs: 0 done, 0 running, 0 failed, 2 waiting" in out
 
 
 def test_two_invocations_share_the_runs(lab):
-    first = lab.start("2a", "--jobs", "2", *SMALL, FAKE_GATE=lab.cwd / "gate")
-    lab.at_gate(2)
-    status = lab.run("2a", "--status", *SMALL).stdout
+    first = lab.start("2a", "--jobs", "2", *SHORT, FAKE_GATE=lab.cwd / "gate")
+    lab.wait_at_gate(2)
+    status = lab.run("2a", "--status", *SHORT).stdout
     assert re.search(r"running +10/20 +\S+ +0 h 00 m", status) and "2 running, 0 failed, 2 waiting" in status
-    second = lab.run("2a", "--jobs", "2", *SMALL)  # its own two have no gate
-    assert second.returncode == 75 and second.stdout.count("elsewhere") == 2
+    second = lab.run("2a", "--jobs", "2", *SHORT)  # without a gate for its own two
+    assert second.returncode == 75 and second.stdout.count("in use ") == 2
     assert second.stdout.endswith("4 runs: 2 done, 2 running, 0 failed, 0 waiting\n")
     (lab.cwd / "gate").touch()
-    out, _ = first.communicate(timeout=60)
+    out, _ = first.communicate(timeout=TIMEOUT)
     assert first.returncode == 0 and out.count("done ") == 4 and [len(starts(run)) for run in lab.runs] == [1] * 4
-    told = ("} is in use by another process", "} holds a finished run")  # by which sweeps.sh knows them from failures
-    assert all(words in (ROOT / f"{script}.py").read_text() for words in told for script in SCRIPTS)
+    messages = ("} is in use by another process", "} holds a finished run")  # by which sweeps.sh recognises them
+    assert all(message in (ROOT / f"{script}.py").read_text() for message in messages for script in SCRIPTS)
 
 
 def test_jobs_share_gpus_and_threads(lab):
-    process = lab.start("2a", "--gpus", "3,7", *SMALL, FAKE_GATE=lab.cwd / "gate")
-    begun = [starts(run)[0] for run in lab.at_gate(2)]  # as many at a time as there are GPUs
+    process = lab.start("2a", "--gpus", "3,\n7", *SHORT, FAKE_GATE=lab.cwd / "gate")
+    begun = [starts(run)[0] for run in lab.wait_at_gate(2)]  # as many at a time as there are GPUs
     assert {start["CUDA_VISIBLE_DEVICES"] for start in begun} == {"3", "7"}
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [start["OMP_NUM_THREADS"] for start in begun] == [threads] * 2
     (lab.cwd / "gate").touch()
-    process.communicate(timeout=60)
-    assert lab.run("2d", "--jobs", "2", *SMALL, OMP_NUM_THREADS=5).returncode == 0
+    process.communicate(timeout=TIMEOUT)
+    assert lab.run("2d", "--jobs", "2", *SHORT, OMP_NUM_THREADS=5).returncode == 0
     begun = [starts(run)[0] for run in lab.cwd.glob("runs/*2d*")]
     assert [(start["OMP_NUM_THREADS"], start["CUDA_VISIBLE_DEVICES"]) for start in begun] == [("5", None)] * 2
 
 
+# --- SLURM
+
+
 def test_submission_to_slurm(lab):
-    """What sbatch is given, and that the tasks run the runs. Requeues need the real SLURM below."""
-    assert lab.run("2d", *SMALL).returncode == 0
-    (lab.cwd / "sbatch").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >words\n')
-    (lab.cwd / "sbatch").chmod(0o755)
-    options = ["--slurm", "--jobs", "3", "--sbatch", "--partition=gpu --time=1:00", "--seeds", "1,2,3", *SMALL]
-    sent = {"PATH": f"{lab.cwd}:{os.environ['PATH']}"}
-    assert lab.run("2d", "2a", *options, **sent).returncode == 0
-    *words, wrap = (lab.cwd / "words").read_text().splitlines()
+    """The arguments of sbatch, and that its tasks execute the runs on a node where PATH has no `python`."""
+    assert lab.run("2d", *SHORT).returncode == 0
+    write_executable(lab.cwd / "base" / "python3.x", f'exec {shlex.quote(sys.executable)} "$@"')
+    environment_bin = lab.cwd / "my venv" / "bin"
+    environment_bin.mkdir(parents=True)
+    (environment_bin / "python").symlink_to(lab.cwd / "base" / "python3.x")
+    activated = {"PYTHON": None, "PATH": f"my venv/bin:{lab.stub_slurm()}"}
+    options = ["--jobs", "3", "--sbatch", "--partition=gpu\n\t--time=1:00", "--seeds", "1,2,3", *SHORT]
+    assert lab.run("2d", "2a", "--slurm", *options, **activated).returncode == 0
+    *words, wrap = (lab.cwd / "sbatch.args").read_text().splitlines()
     assert {"--array=0-6%3", "--requeue", "--signal=B:USR1@120", "--partition=gpu", "--time=1:00"} <= set(words)
-    for index in range(7):  # two runs of 2d are done; one and the six of 2a are due
-        command, task = (
-            ["sh", "-c", wrap.removeprefix("--wrap=")],
-            environment(SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID=index),
-        )
-        assert subprocess.run(command, cwd=lab.cwd, env=task).returncode == 0
+    (record_file,) = lab.cwd.glob("runs/logs/slurm_*.runs")
+    commands = [line.split("\t")[-1] for line in record_file.read_text().splitlines()]
+    assert {shlex.split(command)[0] for command in commands} == {str(environment_bin / "python")}  # not its target
+    assert {line.split()[0] for line in lab.dry_run("2d", "2a", *options, **activated)} == {"python"}
+    for index in range(7):  # two of the three runs of 2d are done; one and the six of 2a are left
+        variables = environment(PYTHON=None, PATH="/usr/bin:/bin", SLURM_ARRAY_JOB_ID=1, SLURM_ARRAY_TASK_ID=index)
+        done = subprocess.run(["sh", "-c", wrap.removeprefix("--wrap=")], cwd=lab.cwd, env=variables)
+        assert done.returncode == 0
     assert [len(starts(run)) for run in lab.runs] == [1] * 9
-    assert "nothing to do" in lab.run("2d", "2a", *options, **sent).stdout
+    assert "nothing to do" in lab.run("2d", "2a", "--slurm", *options, **activated).stdout
+
+
+@pytest.mark.parametrize(
+    "code, message, requeued",
+    [
+        (2, "RUN_DIR is in use by another process", True),
+        (1, "RUN_DIR/lock: No locks available", False),
+        (1, "RUN_DIR is in use by another process", False),
+        (2, "RUN_DIR_2 is in use by another process", False),
+        (2, "cuda:0 is in use by another process", False),
+    ],
+)
+def test_only_a_run_that_is_in_use_is_requeued(lab, code, message, requeued):
+    path = lab.stub_slurm()
+    (lab.cwd / "runs" / "logs").mkdir(parents=True)
+    record = (
+        f"runs/a__bmpc__1__2a__x\t{shlex.quote(sys.executable)} ../a\\ project/bmpc.py --task a --steps 20 --seed 1"
+    )
+    (lab.cwd / "records").write_text(f"{record} --run-name 2a__x\n")
+    task = {"SLURM_ARRAY_JOB_ID": 1, "SLURM_ARRAY_TASK_ID": 0, "FAKE_CODE": code, "FAKE_ERROR": message}
+    done = lab.run("--slurm-task", "records", PATH=path, **task)
+    assert done.returncode == (75 if requeued else code)
+    assert ("in use  " in done.stdout, "FAILED" in done.stdout) == (requeued, not requeued)
+    assert (lab.cwd / "scontrol.args").exists() == requeued
 
 
 @pytest.mark.skipif(not shutil.which("sbatch") or os.geteuid() != 0, reason="a real SLURM needs root and slurm-wlm")

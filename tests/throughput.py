@@ -101,7 +101,7 @@ class Bench:
         for _ in range(100):
             action, expert = script.random_action(args, TASK.action_dim, run.make_generator("act"))
             obs = random(TASK.obs_dim)
-            run.buffer.add(obs, action, expert, random(), 0 * random(), obs, np.zeros(E, bool))
+            run.buffer.add(obs, action, expert, random(), 0 * random(), obs, np.zeros(E, bool), np.zeros(E, bool))
         return run, plain.plan if mode == "plain" else run.functions.plan
 
 

@@ -41,17 +41,16 @@ class Toy(gym.Env):
         self.speed = 0.9 * self.speed + 0.1 * float(action[0] - action[1])
         self.x += 0.1 * self.speed
         obs, reward = self.observation(), float(np.exp(-(self.x**2)))
-        if self.steps == 25:
-            if self.happen == "Reward":
-                reward = np.nan
-            elif self.happen == "Observation":
-                obs[1] = np.inf
-            elif self.happen == "Error":
-                raise RuntimeError("this simulator fails")
+        if self.happen == "Broken" or (self.happen == "Error" and self.steps == 25):
+            raise RuntimeError("this simulator fails")
+        if self.happen == "Reward" and self.steps == 25:
+            reward = np.nan
+        if self.happen == "Observation" and self.steps == 25:
+            obs[1] = np.inf
         ended = self.happen == "Terminates" and self.t >= self.length
         return obs, reward, ended and self.length % 2 == 0, ended and self.length % 2 == 1, {}
 
 
 gym.register("ToyLong-v0", Toy, max_episode_steps=100, kwargs={"happen": ""})
-for what in ("", "Terminates", "Noise", "Reward", "Observation", "Error", "Unmade", "Render"):
+for what in ("", "Terminates", "Noise", "Reward", "Observation", "Error", "Broken", "Unmade", "Render"):
     gym.register(f"Toy{what}-v0", Toy, max_episode_steps=10, kwargs={"happen": what})

@@ -1,4 +1,4 @@
 # shellcheck shell=bash
-# What two CPU cores can carry. The numbers compare with each other, not with full-size runs. Each sweep says how small.
+# Sweeps for two CPU cores. Their numbers compare with each other, not with full-size runs. Each sweep states its size.
 seeds 1 2 3
 flags --preset small

@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# The plan's next step, at the size of 0_ablations and by the rule that stands there. Its eight seeds told one
-# configuration, utd_ratio_4, from the baseline. So of each other question the highest estimate goes with it, if it is
-# above 0 and costs less than a tenth of the speed:
-# - replay_true (2e) and coef_0.1__tau_0.01 (2g) do;
-# - 2b's, 2c's, 2d's and 2h's cost more, and 2f's is below 0.
+# The plan's next step at the size of 0_ablations, chosen by the rewritten rule in its folder. (By the first rule it
+# would have been utd_ratio_4 alone, with nothing to combine.) After eight seeds utd_ratio_4 alone was "better". From
+# each other question the configuration with the highest estimate is added, if the estimate is above 0 and it costs
+# less than a tenth of the speed:
+# - replay_true (2e) and coef_0.1__tau_0.01 (2g) are added;
+# - those of 2b, 2c, 2d and 2h cost more, and 2f's estimate is below 0.
 question "Do four updates a decision and what costs little add up?"
 seeds {1..10}
 flags --task cartpole-swingup --steps 10000 --learning-starts 1000 --eval-freq 1000 --eval-episodes 2 --num-q 5

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# The baseline at a small size, on five tasks: about 22 decisions a second on one core.
+# The baseline at a small size on five tasks, about 22 decisions a second on one core. Three seeds describe it; they are
+# compared with nothing, so no power is stated.
 question "What does the small baseline learn?"
 seeds 1 2 3
 flags --steps 12500 # 25 000 env steps

@@ -1,6 +1,9 @@
 # shellcheck shell=bash
-# Does this code learn as the authors' does, at the size their code was measured at? One environment, 20 of 128 windows
-# reanalyzed, their numbers for every flag.
+# Compares this code with the authors' at the size at which theirs was measured: one environment, 20 of 128 windows
+# reanalyzed, their numbers for every flag. What it can show: with three official seeds and a standard deviation of 40
+# % of the mean on walker-walk, five seeds can only show differences about as large as the mean itself; a single
+# official seed on cartpole-swingup can only show that it is not an outlier. results/README.md says what would settle
+# it.
 question "Does this code, with the official numbers, learn as the official code does?"
 seeds 1 2 3 4 5
 flags --steps 12500 --reanalyze-batch-size 20

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The whole plan, baseline included: the plan's own folders, at a tiny size.
-# A rehearsal: it shows that every configuration runs and is reported, and hardly what the ablations do.
+# A rehearsal of the whole plan, baseline included, at a tiny size. It shows that every configuration runs and is
+# reported; it says hardly anything about what the configurations change.
 seeds 1 2
 flags --task cartpole-swingup --steps 1200 --learning-starts 400 --eval-freq 400 --eval-episodes 2 --log-freq 200
 flags --enc-dim 64 --mlp-dim 64 --latent-dim 64 --batch-size 64 --reanalyze-batch-size 5

@@ -1,11 +1,12 @@
-"""What each departure of the defaults from the official numbers costs: the effects of the screening's kept runs.
+"""Effects of each departure of the defaults from the official numbers, from the screening's exported runs.
 
     python sweep_list/0_cpu/0_screening/effects.py results/screening
 
-An effect is the mean of the six runs with the default less that of the six with the official number, in percent of the
-mean of all twelve; of both tasks, the mean of their two. Eleven effects use up twelve runs, so nothing is left for an
-error of its own: Lenth's method (Technometrics 31, 1989) takes it from the effects themselves, few of which are real.
-Chance alone exceeds the first margin in at most one of twenty effects, the second in at most one of twenty such tables.
+An effect is the mean of the six runs with the default minus the mean of the six with the official number, in percent of
+the mean of all twelve. The effect for both tasks is the mean of the two. Eleven effects use up the twelve runs, so no
+run is left to estimate the error. Lenth's method (Technometrics 31, 1989) estimates it from the effects themselves,
+assuming that most of them are zero. By chance alone one effect exceeds the first margin in at most 5 % of cases, and
+any of the eleven exceeds the second margin in at most 5 % of such tables.
 """
 
 import sys
@@ -15,9 +16,10 @@ import numpy as np
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import report  # noqa: E402
+from comparison import area_under_curve, final_return  # noqa: E402
+from run_files import PLANNER, POLICY, load_exported  # noqa: E402
 
-LETTERS = {
+LETTERS = {  # factor -> its default
     "A": "four environments",
     "B": "half as many windows reanalyzed",
     "C": "consistency 10 and weights that sum to 1",
@@ -30,44 +32,45 @@ LETTERS = {
     "J": "best elite evaluates",
     "K": "nothing: the noise",
 }
+MEASURES = {
+    "area": (area_under_curve, PLANNER),
+    "final": (final_return, PLANNER),
+    "policy's area": (area_under_curve, POLICY),
+}
 
 
-def effects(values):
-    """Of a number for each configuration, named by the letters at their default: the effect of each letter."""
-    on = {letter: [letter in name for name in values] for letter in LETTERS}
+def effects(values: dict[str, float]) -> np.ndarray:  # (11,)
+    """Return the effect of each letter. A configuration is named by the letters that are at their default."""
     results = np.array(list(values.values()))
-    return np.array([results[mask].mean() - results[~mask].mean() for mask in map(np.array, on.values())])
+    at_default = {letter: np.array([letter in name for name in values]) for letter in LETTERS}
+    return np.array([results[mask].mean() - results[~mask].mean() for mask in at_default.values()])
 
 
-def margins(found):
-    """Lenth's margins of error of the effects: of each for itself, and of all together."""
+def margins(found: np.ndarray) -> tuple[float, float]:
+    """Return Lenth's margins of error: for a single effect, and for all effects simultaneously."""
     sizes = np.abs(found)
     error = 1.5 * np.median(sizes[sizes < 2.5 * 1.5 * np.median(sizes)])
-    each, all_ = 0.975, (1 + 0.95 ** (1 / len(sizes))) / 2
-    return tuple(stats.t.ppf(share, len(sizes) / 3) * error for share in (each, all_))
+    single, simultaneous = 0.975, (1 + 0.95 ** (1 / len(sizes))) / 2
+    return tuple(stats.t.ppf(quantile, len(sizes) / 3) * error for quantile in (single, simultaneous))
 
 
-def main():
-    runs = report.kept(Path(sys.argv[1]))
-    measures = {
-        "area": (report.area_under_curve, report.PLANNER),
-        "final": (report.final_return, report.PLANNER),
-        "policy's area": (report.area_under_curve, report.POLICY),
-    }
+def main() -> None:
+    runs = load_exported(Path(sys.argv[1]))
     columns, tasks = {}, sorted({run.task for run in runs})
-    for name, (measure, tag) in measures.items():
+    for name, (measure, tag) in MEASURES.items():
         found = []
         for task in tasks:
             values = {run.configuration: measure(run.curve(tag)) for run in runs if run.task == task}
-            assert len(values) == len(LETTERS) + 1, f"{task}: {len(values)} of {len(LETTERS) + 1} runs are kept"
+            if len(values) != len(LETTERS) + 1:
+                sys.exit(f"effects.py: {task} has {len(values)} of {len(LETTERS) + 1} runs")
             found.append(100 * effects(values) / np.mean(list(values.values())))
         columns[f"{name}, both tasks"] = np.mean(found, 0)
         columns |= {f"{name}, {task}": column for task, column in zip(tasks, found, strict=True)}
     print(f"| default, % | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for row, what in enumerate(LETTERS.values()):
-        print(f"| {what} | {' | '.join(f'{column[row]:+.1f}' for column in columns.values())} |")
-    for which, what in enumerate(("margin of one effect", "margin of all together")):
-        print(f"| {what} | {' | '.join(f'± {margins(column)[which]:.1f}' for column in columns.values())} |")
+    for row, default in enumerate(LETTERS.values()):
+        print(f"| {default} | {' | '.join(f'{column[row]:+.1f}' for column in columns.values())} |")
+    for which, label in enumerate(("margin of one effect", "margin of all together")):
+        print(f"| {label} | {' | '.join(f'± {margins(column)[which]:.1f}' for column in columns.values())} |")
 
 
 if __name__ == "__main__":

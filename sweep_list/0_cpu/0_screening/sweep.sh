@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# What does each departure of the defaults from the official numbers cost? Ten departures in twelve runs a task: a
-# Plackett-Burman design (Biometrika 33, 1946) sets each to the default in six runs and to the official number in the
-# other six, so that every run tells of every departure. A configuration's name has the letters of those at the default;
-# the eleventh column, K, changes nothing and shows the noise. Each row has a seed of its own. effects.py reads the result.
+# Estimates what each departure of the defaults from the official numbers changes: ten departures in twelve runs a
+# task. A Plackett-Burman design (Biometrika 33, 1946) sets each departure to the default in six runs and to the
+# official number in the other six, so every run informs on every departure. A configuration is named by the letters
+# of the departures that are at their default. The eleventh column, K, changes nothing and estimates the noise. Each
+# row has a seed of its own. effects.py computes the effects.
 question "What does each departure from the official numbers cost?"
-flags --steps 7500 --eval-freq 1500 --eval-episodes 4 # the area under the curve is what counts
+flags --steps 7500 --eval-freq 1500 --eval-episodes 4 # the area under the curve decides
 
 official=(
   "--num-envs 1"                                                                  # A

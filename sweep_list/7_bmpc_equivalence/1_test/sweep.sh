@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The baseline: every flag at its default. All other sweeps are compared with it.
+# The baseline: every flag has its default. All other sweeps are compared with it.
 question "What does the baseline reach?"
 
 run bmpc.py baseline

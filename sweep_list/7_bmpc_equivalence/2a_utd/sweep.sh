@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Updates per decision. The baseline makes one.
+# The number of updates per decision. The baseline makes one.
 question "Does more training per step help?"
 
 for ratio in 2 4; do

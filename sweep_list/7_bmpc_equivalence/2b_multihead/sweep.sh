@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Two dynamics heads. How strongly does their disagreement count as a bonus in planning, and does each value head learn
-# from its own target or all from one?
+# Two dynamics heads. How large should the bonus for their disagreement be in planning, and should each value head learn
+# from its own target or all from a shared one?
 question "How should the ensemble's uncertainty be used?"
 
 for coef in 0 0.3 1; do

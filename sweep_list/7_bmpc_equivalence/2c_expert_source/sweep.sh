@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Where the expert's mean and a row's first expert come from. Both on is the baseline once more: it is run all the same,
-# and the report checks that the curves coincide.
+# Where the mean of the expert and the first expert of a row in the replay buffer come from. The configuration with both
+# flags on equals the baseline. It is run nevertheless: the report checks that the curves of the two are identical.
 question "Which source of expert targets is best?"
 
 for chosen in on off; do

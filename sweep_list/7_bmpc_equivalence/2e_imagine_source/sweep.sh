@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# At which states the values are learned. The baseline takes those of the rollout; here it is the encoded observations.
+# The states at which values are predicted in the value loss: those of the rollout in the baseline, encoded observations
+# here.
 question "True or rollout states for imagination?"
 
 run bmpc.py replay_true --imagine-initial-source replay_true

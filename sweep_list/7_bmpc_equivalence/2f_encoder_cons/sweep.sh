@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The consistency loss once more, with its gradient into the encoder. The baseline has none of it.
+# A second consistency loss, whose gradient goes into the encoder only. The baseline does not have it.
 question "Does reverse consistency help the encoder?"
 
 for coef in 0.1 1; do

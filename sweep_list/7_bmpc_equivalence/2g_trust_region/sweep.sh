@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# A moving average of the policy acts in the value targets and holds the policy near itself.
+# A moving average of the policy acts in the value targets, and a penalty keeps the policy close to it.
 question "Does KL regularisation stabilise learning?"
 
 for coef in 0.1 1; do

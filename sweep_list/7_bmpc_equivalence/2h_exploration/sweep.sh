@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# A second, optimistic policy explores; the first one evaluates and gives the targets.
+# A second, optimistic policy explores. The first, pessimistic one is evaluated and gives the value targets.
 question "Does an explicit exploration policy help?"
 
 run bmpc_dual_policy.py dual_policy \

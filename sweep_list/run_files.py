@@ -1,0 +1,232 @@
+"""The files of runs: what the scripts write, the smaller copies that are exported and committed, published curves.
+
+All files are read and written as UTF-8, whatever the locale.
+"""
+
+import csv
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PLANNER, POLICY = "eval/episodic_return", "eval/policy_episodic_return"
+TRAINING, SPEED = "charts/episodic_return", "charts/SPS"
+AXES = {"decisions": "", "updates": "charts/updates", "seconds": "charts/training_seconds"}  # tag of the x axis
+COLUMNS = {  # of an exported CSV -> tag
+    "planner_return": PLANNER,
+    "policy_return": POLICY,
+    "updates": AXES["updates"],
+    "training_seconds": AXES["seconds"],
+}
+RUN_FIELDS = ("steps", "sweep", "baseline", "configuration", "seed", "question", "command")  # exported to runs.json
+SIZE_FIELDS = ("model_size", "enc_dim", "mlp_dim", "latent_dim", "num_q")
+FULL_SIZE = dict(zip(SIZE_FIELDS, (5, 256, 512, 512, 5), strict=True))
+UPDATE_FIELDS = {"learning_starts": 2500, "utd_ratio": 1, "num_envs": 4}  # the scripts' defaults
+PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "published" / "dmc.csv"
+EXPORTED_ARGS = ("action_repeat", "preset", *UPDATE_FIELDS, *SIZE_FIELDS)
+
+# --- Runs and their metrics ------------------------------------------------------------------------------------------
+
+
+def to_path(text: str) -> Path:
+    """Return the path that a UTF-8 text names, whatever encoding Python uses for file names."""
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
+
+
+def to_text(path: Path | str) -> str:
+    """Return a path as it reads in UTF-8: the inverse of `to_path`."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+@dataclass
+class Run:
+    directory: Path
+    steps: int  # decisions requested
+    sweep: str
+    baseline: str  # name of the sweep it is compared with
+    configuration: str
+    seed: int
+    question: str
+    command: str
+    args: dict
+    versions: dict  # time, git commit and package versions of the last start
+    finished: bool
+    damage: str  # path of a damaged file and what is wrong with it; empty if there is none
+    metrics: dict[str, np.ndarray]  # tag -> (n, 2): global_step and value
+
+    @property
+    def done(self) -> bool:
+        return self.finished and not self.damage
+
+    @property
+    def name(self) -> str:
+        return to_text(self.directory.name)
+
+    @property
+    def task(self) -> str:
+        return self.name.split("__")[0]
+
+    @property
+    def log(self) -> Path:
+        return self.directory.parent / "logs" / f"{self.directory.name}.log"
+
+    @property
+    def full_size(self) -> bool:
+        sizes = "model_size" in self.args and all(self.args.get(name, size) == size for name, size in FULL_SIZE.items())
+        return sizes and self.args.get("preset", "full") == "full" and not re.search("--preset[= ]small", self.command)
+
+    def curve(self, tag: str = PLANNER) -> np.ndarray:  # (n, 2)
+        return self.metrics.get(tag, np.empty((0, 2)))
+
+    def setting(self, name: str) -> float:
+        """Return one of UPDATE_FIELDS: from args.json, else from the command line, else the scripts' default."""
+        flags = re.findall(rf"--{name.replace('_', '[-_]')}[= ](\S+)", self.command)
+        return float(self.args.get(name, flags[-1] if flags else UPDATE_FIELDS[name]))
+
+
+def speeds(runs: list[Run]) -> np.ndarray:  # (finished seeds,): median decisions a second after the random warm-up
+    curves = [(run.curve(SPEED), run.args.get("learning_starts", 0)) for run in runs if run.done]
+    learning = [curve[curve[:, 0] > start, 1] for curve, start in curves]
+    return np.array([np.median(values) for values in learning if len(values)])
+
+
+def read_run(line: str) -> Run:
+    """Read a run's files. What cannot be read is noted in `damage`; files that do not exist yet are not damage."""
+    name, steps, sweep, baseline, configuration, seed, question, command = line.rstrip("\n").split("\t")
+    folder, problems = to_path(name), []
+    args = read_json(folder / "args.json", {}, problems)
+    starts = read_json(folder / "versions.json", [], problems)
+    finished = read_json(folder / "finished.json", {}, problems).get("total_timesteps", -1) >= int(steps)
+    metrics = read_metrics(folder / "metrics.csv", finished, problems)
+    if finished and not args and not problems:
+        problems.append(f"{to_text(folder / 'args.json')}: missing")
+    return Run(
+        directory=folder,
+        steps=int(steps),
+        sweep=sweep,
+        baseline=baseline,
+        configuration=configuration,
+        seed=int(seed),
+        question=question,
+        command=command,
+        args=args,
+        versions=starts[-1] if starts else {},
+        finished=finished,
+        damage="; ".join(problems),
+        metrics=metrics,
+    )
+
+
+def read_file(file: Path, problems: list[str]) -> str | None:
+    """Return the file's text, or None if it does not exist or cannot be read. Appends to `problems`."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{to_text(file)}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
+        return None
+
+
+def read_json(file: Path, default: Any, problems: list[str]) -> Any:
+    """Return the file's JSON value, or `default`, whose type the value must have. Appends to `problems`."""
+    text = read_file(file, problems)
+    if text is None:
+        return default
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if type(value) is type(default):
+        return value
+    problems.append(f"{to_text(file)}: {'not valid JSON' if text.strip() else 'empty'}")
+    return default
+
+
+def read_metrics(file: Path, finished: bool, problems: list[str]) -> dict[str, np.ndarray]:
+    """Read metrics.csv up to the first damaged line.
+
+    The last line of an unfinished run may still be being written: without a line end it is left out.
+    """
+    lines = (read_file(file, problems) or "").split("\n")
+    if finished and lines[-1]:
+        problems.append(f"{to_text(file)}: the last line is incomplete")
+    points: dict[str, list[tuple[float, float]]] = {}
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            step, _env_steps, tag, value = line.split(",")
+            if not tag.isprintable():  # NULs, for example
+                raise ValueError(tag)
+            if number > 1:
+                points.setdefault(tag, []).append((float(step), float(value)))
+        except ValueError:
+            problems.append(f"{to_text(file)}: line {number} is not global_step,env_steps,tag,value")
+            break
+    return {tag: np.array(values) for tag, values in points.items()}
+
+
+# --- Export: the returns and the origin of finished runs, small enough to commit -------------------------------------
+
+
+def export_runs(runs: list[Run], folder: Path) -> None:
+    """Write NAME.csv with the returns of each finished run, and add its command and versions to runs.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    problems: list[str] = []
+    entries = read_json(folder / "runs.json", {}, problems)
+    if problems:
+        sys.exit(f"report.py: {problems[0]}; nothing was exported")
+    for run in (run for run in runs if run.done):
+        columns = {name: dict(run.curve(tag)) for name, tag in COLUMNS.items()}
+        steps = sorted(columns["planner_return"].keys() | columns["policy_return"].keys())
+        columns = {name: curve for name, curve in columns.items() if curve or name.endswith("return")}
+        rows = [["global_step", "env_steps", *columns]]
+        for step in steps:
+            row = [f"{step:.0f}", f"{step * run.args['action_repeat']:.0f}"]
+            for name, curve in columns.items():
+                digits = 6 if name.endswith("return") else 10
+                row.append(f"{curve[step]:.{digits}g}" if step in curve else "")
+            rows.append(row)
+        text = "".join(",".join(row) + "\n" for row in rows)
+        (folder / to_path(f"{run.name}.csv")).write_text(text, encoding="utf-8")
+        entries[run.name] = {key: getattr(run, key) for key in RUN_FIELDS} | {
+            "command": re.sub(r"^\S+ (\S*/)?", "python ", run.command),  # without the folders of this machine
+            "args": {key: run.args[key] for key in EXPORTED_ARGS if key in run.args},
+            "decisions_a_second": [round(float(speed), 1) for speed in speeds([run])],
+            "versions": {key: value for key, value in run.versions.items() if key != "command"},
+        }
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]  # one a run
+    (folder / "runs.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def load_exported(folder: Path) -> list[Run]:
+    """Return the runs that `export_runs` wrote. Their metrics are the columns of the CSV and one speed."""
+    runs = []
+    for name, entry in json.loads((folder / "runs.json").read_text(encoding="utf-8")).items():
+        file = folder / to_path(f"{name}.csv")
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+        metrics = {SPEED: np.array([(entry["steps"], speed) for speed in entry["decisions_a_second"]]).reshape(-1, 2)}
+        for column, tag in COLUMNS.items():
+            points = [(float(row["global_step"]), float(row[column])) for row in rows if row.get(column)]
+            metrics[tag] = np.array(points).reshape(-1, 2)
+        fields = {key: entry[key] for key in RUN_FIELDS} | {"args": entry["args"], "versions": entry["versions"]}
+        runs.append(Run(folder / to_path(name), **fields, finished=True, damage="", metrics=metrics))
+    return sorted(runs, key=lambda run: (run.sweep, run.configuration, run.task, run.seed))
+
+
+# --- Published curves ------------------------------------------------------------------------------------------------
+
+
+def published_curves(task: str) -> dict[str, np.ndarray]:  # algorithm -> (n, 4): env_steps, mean, low, high
+    if not PUBLISHED.exists():
+        return {}
+    curves: dict[str, list[list[float]]] = {}
+    for row in csv.DictReader(PUBLISHED.read_text(encoding="utf-8").splitlines()):
+        if row["task"] == task:
+            point = [float(row[column]) for column in ("env_steps", "mean", "low", "high")]
+            curves.setdefault(row["algorithm"], []).append(point)
+    return {algorithm: np.array(points) for algorithm, points in curves.items()}
