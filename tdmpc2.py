@@ -25,7 +25,7 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     S  states planned at once         K  bins of a two-hot distribution
     N  candidate action sequences     Q  value heads
     P  of them from the policy        H  dynamics heads (1 in this script)
-                                      C  capacity of the replay buffer, in vector steps
+    C  capacity of the replay buffer, in vector steps
 
 In the help of the flags, "official" is the code of BMPC's authors and "JAX" is a port of it.
 """

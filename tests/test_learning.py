@@ -31,6 +31,7 @@ from conftest import (
 import bmpc
 import bmpc_dual_policy
 import bmpc_multihead
+import tdmpc2
 
 # --- numbers and layers
 
@@ -310,7 +311,8 @@ def test_every_purpose_and_every_place_of_a_run_has_numbers_of_its_own():
 # --- it learns
 
 
-def test_the_agent_learns_to_follow_a_target_by_planning_and_by_imitation(tmp_path):
+@pytest.mark.parametrize("script", [bmpc, tdmpc2], ids=lambda script: script.__name__)
+def test_the_agent_learns_to_follow_a_target_with_the_planner_and_the_policy_alone(tmp_path, script):
     """The reward is 1 - |a - target|, the target a part of the observation: random actions earn 0.4, none 0.5."""
 
     class Follow(FakeEnvs):
@@ -324,10 +326,10 @@ def test_the_agent_learns_to_follow_a_target_by_planning_and_by_imitation(tmp_pa
             return self.obs(), reward, terminated, truncated, errors
 
     args = small_args(
-        num_envs=4, total_timesteps=500, learning_starts=200, batch_size=32, lr=1e-3, horizon=2, reanalyze_batch_size=4,
+        script, num_envs=4, total_timesteps=500, learning_starts=200, batch_size=32, lr=1e-3, horizon=2,
         num_samples=48, num_elites=8, num_pi_trajs=8, mlp_dim=32, enc_dim=32, eval_episodes=4,
     )  # fmt: skip
-    run = run_loop(args, Follow([10] * 4), tmp_path)
-    play = lambda planning: bmpc.run_episodes(run, Follow([10] * 4), planning, [])[0].mean() / 10
+    run = run_loop(args, Follow([10] * 4), tmp_path, script=script)
+    play = lambda planning: script.run_episodes(run, Follow([10] * 4), planning, [])[0].mean() / 10
     planner, policy = play(True), play(False)
     assert planner > 0.75 and policy > 0.75, (planner, policy)
