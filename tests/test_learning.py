@@ -325,10 +325,11 @@ def test_the_agent_learns_to_follow_a_target_with_the_planner_and_the_policy_alo
             _, _, terminated, truncated, errors = super().step_wait()
             return self.obs(), reward, terminated, truncated, errors
 
-    args = small_args(
-        script, num_envs=4, total_timesteps=500, learning_starts=200, batch_size=32, lr=1e-3, horizon=2,
+    sizes = dict(
+        num_envs=4, total_timesteps=500, learning_starts=200, batch_size=32, lr=1e-3, horizon=2,
         num_samples=48, num_elites=8, num_pi_trajs=8, mlp_dim=32, enc_dim=32, eval_episodes=4,
     )  # fmt: skip
+    args = small_args(script, **sizes, **({} if script is tdmpc2 else {"reanalyze_batch_size": 4}))
     run = run_loop(args, Follow([10] * 4), tmp_path, script=script)
     play = lambda planning: script.run_episodes(run, Follow([10] * 4), planning, [])[0].mean() / 10
     planner, policy = play(True), play(False)
