@@ -378,9 +378,9 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 
 
 def rho_weights(args: Args, like: Tensor) -> Tensor:
-    """Compute the weights of the T rollout steps: rho^t / sum rho^t, or rho^t / T (official)."""
-    weights = args.rho ** torch.arange(args.horizon, device=like.device, dtype=like.dtype)
-    return weights / (weights.sum() if args.normalize_rho_weights else args.horizon)
+    """Compute the weights of the steps of `like` (T, ...): rho^t / sum rho^t, or rho^t / T (official)."""
+    weights = args.rho ** torch.arange(len(like), device=like.device, dtype=like.dtype)
+    return weights / (weights.sum() if args.normalize_rho_weights else len(like))
 
 
 def mish(x: Tensor) -> Tensor:
@@ -2594,7 +2594,7 @@ def main(argv: list[str] | None = None) -> int:
             print_error(e)
             return 1
         except Exception as e:
-            memory_advice = "out of memory; try a smaller --buffer-size, then --num-samples or --reanalyze-batch-size"
+            memory_advice = "out of memory; try a smaller --buffer-size, then --num-samples or --batch-size"
             print_error(memory_advice if is_out_of_memory(e) else describe_with_place(e))
             return 1
         finally:

@@ -35,7 +35,8 @@ def small_args(script=bmpc, **changes):
     values = SMALL | changes
     for name in ("horizon", "log_std_min", "log_std_max"):
         values.setdefault(f"reanalyze_{name}", values.get(name, getattr(bmpc.Args, name)))
-    return script.Args(**values)
+    known = script.Args.__dataclass_fields__.keys() | changes.keys()  # tdmpc2.py has no flags of reanalyze
+    return script.Args(**{name: value for name, value in values.items() if name in known})
 
 
 def generator(seed=0):
@@ -77,15 +78,16 @@ def make_batch(args, task=TASK, seed=0, script=bmpc):
         means.append(normal(T, B, A).clamp(-1, 1))
         stds.append(0.05 + torch.rand(T, B, A, generator=rng))
     obs = normal(T + 1, B, task.obs_dim)
-    return bmpc.Batch(
+    fields = dict(
         obs=obs[:T],
         next_obs=obs[1:],
         action=normal(T, B, A).clamp(-1, 1),
         reward=3 * normal(T, B),
         terminated=(torch.rand(T, B, generator=rng) < 0.3).to(obs.dtype),
-        expert=script.Expert(torch.cat(means, -1), torch.cat(stds, -1)),
+        expert=bmpc.Expert(torch.cat(means, -1), torch.cat(stds, -1)),
         index=torch.arange(T * B).view(T, B),
     )
+    return script.Batch(**{name: fields[name] for name in script.Batch._fields})  # tdmpc2.py has no expert
 
 
 def stack_expert(expert):

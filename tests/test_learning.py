@@ -29,6 +29,7 @@ from conftest import (
 import bmpc
 import bmpc_dual_policy
 import bmpc_multihead
+import tdmpc2
 
 # --- math and networks
 
@@ -344,7 +345,8 @@ def test_generators_depend_on_purpose_step_and_seed():
 # --- learning progress
 
 
-def test_agent_learns_to_follow_a_target(tmp_path):
+@pytest.mark.parametrize("script", [bmpc, tdmpc2], ids=lambda script: script.__name__)
+def test_agent_learns_to_follow_a_target(tmp_path, script):
     """Both planner and policy get returns above those of random actions (0.4 per step) and of zeros (0.5).
 
     The reward is 1 - |action - target|, and the target is a part of the observation.
@@ -360,12 +362,13 @@ def test_agent_learns_to_follow_a_target(tmp_path):
             _, _, terminated, truncated, errors = super().step_wait()
             return self.obs(), reward, terminated, truncated, errors
 
-    args = small_args(
-        num_envs=4, total_timesteps=500, learning_starts=200, batch_size=32, lr=1e-3, horizon=2, reanalyze_batch_size=4,
+    sizes = dict(
+        num_envs=4, total_timesteps=500, learning_starts=200, batch_size=32, lr=1e-3, horizon=2,
         num_samples=48, num_elites=8, num_pi_trajs=8, mlp_dim=32, enc_dim=32, eval_episodes=4,
     )  # fmt: skip
-    run = run_loop(args, TargetEnvs([10] * 4), tmp_path)
-    reward = lambda use_planner: bmpc.run_episodes(run, TargetEnvs([10] * 4), use_planner, [])[0].mean() / 10
+    args = small_args(script, **sizes, **({} if script is tdmpc2 else {"reanalyze_batch_size": 4}))
+    run = run_loop(args, TargetEnvs([10] * 4), tmp_path, script=script)
+    reward = lambda use_planner: script.run_episodes(run, TargetEnvs([10] * 4), use_planner, [])[0].mean() / 10
     planner = reward(use_planner=True)
     policy = reward(use_planner=False)
     assert planner > 0.75 and policy > 0.75, (planner, policy)

@@ -8,7 +8,7 @@ import pytest
 import runs
 import tyro
 from conftest import ROOT
-from test_siblings import SCRIPTS, fields
+from test_siblings import SCRIPTS, defaults
 from test_sweeps import Lab
 
 import bmpc
@@ -62,7 +62,7 @@ def test_the_map_names_functions_that_exist():
 
 def test_flags_that_are_named_exist():
     flags = lambda text: set(re.findall(r"--(?:no-)?([a-z]+(?:-[a-z]+)*)(?![\w-])", text))
-    known = {name.replace("_", "-") for name in fields(SCRIPTS[-1])}  # which has those of the others
+    known = {name.replace("_", "-") for script in SCRIPTS for name in defaults(script)}
     assert flags(TEXT) - known - flags(Lab().run("--help").stdout) <= {"help", "dist"}  # pytest-xdist's
 
 

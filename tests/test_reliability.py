@@ -27,8 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # buffer of 30 steps that wraps around, evaluation and log entries at the same step, random numbers for every purpose.
 RUN = "--action-repeat 10 --learning-starts 20 --steps 90 --utd-ratio 1.5 --buffer-size 60".split()
 RUN += ["--env-kwargs", '{"task_kwargs": {"time_limit": 2}}']
-RUN += "--reanalyze-interval 4 --eval-freq 50 --log-freq 10 --checkpoint-freq 20".split()
-RUN += "--no-initial-expert-from-behavior --td-target-use-ema-policy".split()
+RUN += "--eval-freq 50 --log-freq 10 --checkpoint-freq 20".split()
+RUN_TDMPC2 = list(RUN)
+RUN += "--reanalyze-interval 4 --no-initial-expert-from-behavior --td-target-use-ema-policy".split()
 TOY = "--learning-starts 12 --steps 80 --eval-freq 0 --log-freq 10 --checkpoint-freq 20 --iterations 1".split()
 
 
@@ -135,6 +136,11 @@ def check_exact_resume(cwd, moments, *flags, **options):
 @pytest.mark.parametrize("script", sorted(path.stem for path in runs.ROOT.glob("bmpc_*.py")))
 def test_killed_siblings_resume_exactly(tmp_path, script):
     check_exact_resume(tmp_path, SIBLING_MOMENTS, *RUN, script=script)
+
+
+def test_killed_tdmpc2_resumes_exactly(tmp_path):
+    moments = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "run_planner", 30, "evaluate")]
+    check_exact_resume(tmp_path, moments, *RUN_TDMPC2, script="tdmpc2")
 
 
 STOP_MOMENTS = [

@@ -1,4 +1,6 @@
-"""The three scripts differ only in tagged seams, and compute the same bits without the flags of the variants.
+"""The scripts differ only in tagged seams, and compute the same bits without the flags of the variants.
+
+tdmpc2.py differs from bmpc.py in tagged seams too, but is another algorithm: other tests say what it computes.
 
 `python tests/test_siblings.py` prints the table SEAMS of the current files.
 """
@@ -17,9 +19,10 @@ from conftest import FakeEnvs, small_args, start, train
 from runs import differences, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [("bmpc.py", "bmpc_multihead.py"), ("bmpc_multihead.py", "bmpc_dual_policy.py")]
-SCRIPTS = ["bmpc.py", "bmpc_multihead.py", "bmpc_dual_policy.py"]
-TAG = re.compile(r"\[V(\d+)\]")
+PAIRS = [("bmpc.py", "bmpc_multihead.py"), ("bmpc_multihead.py", "bmpc_dual_policy.py"), ("bmpc.py", "tdmpc2.py")]
+VARIANTS = ["bmpc.py", "bmpc_multihead.py", "bmpc_dual_policy.py"]
+SCRIPTS = [*VARIANTS, "tdmpc2.py"]
+TAG = re.compile(r"\[[VT](\d+)\]")  # V: what a variant adds to BMPC; T: what is TD-MPC2 where bmpc.py is BMPC
 
 PLUMBING = "# ======== Plumbing"
 MAX_FUNCTION_LINES = 60
@@ -43,6 +46,14 @@ SEAMS = {
         11: (3, 1049781309, 12),
         12: (6, 1660067680, 35),
         13: (4, 3364080409, 19),
+    },
+    "tdmpc2.py": {
+        1: (66, 2236915485, 19),
+        2: (49, 2836091633, 37),
+        3: (25, 2851908168, 36),
+        4: (7, 2191514526, 14),
+        5: (90, 3435538696, 32),
+        6: (23, 1736468694, 22),
     },
 }
 
@@ -81,7 +92,7 @@ def seam_table(older: str, sibling: str) -> dict[int, tuple[int, int, int]]:
 
 def listed(sibling: str) -> list[int]:
     """Return the seams listed in the docstring of a script, in order."""
-    return [int(n) for n in re.findall(r"^\s+\[V(\d+)\] ", load(sibling).__doc__, re.M)]
+    return [int(n) for n in re.findall(rf"^\s+{TAG.pattern} ", load(sibling).__doc__, re.M)]
 
 
 @pytest.mark.parametrize("older, sibling", PAIRS)
@@ -94,9 +105,11 @@ def test_scripts_differ_only_in_known_seams(older, sibling):
 
 
 def test_the_headers_list_the_seams_in_order():
-    first, second = (list(seam_table(*pair)) for pair in PAIRS)
+    first, second, of_tdmpc2 = (list(seam_table(*pair)) for pair in PAIRS)
     assert first == listed("bmpc_multihead.py") and first + second == listed("bmpc_dual_policy.py")
-    assert first + second == list(range(1, len(first + second) + 1))
+    assert of_tdmpc2 == listed("tdmpc2.py")
+    for seams in (first + second, of_tdmpc2):
+        assert seams == list(range(1, len(seams) + 1))
     assert not TAG.search((ROOT / "bmpc.py").read_text())
 
 
@@ -142,6 +155,40 @@ def fields(script: str):
     return load(script).Args.__dataclass_fields__
 
 
+# The flags of tdmpc2.py that have a default of their own: those of TD-MPC2's code.
+TDMPC2 = dict(
+    enc_lr_scale=0.3, normalize_rho_weights=False, consistency_coef=20.0, entropy_coef=1e-4, log_std_min=-10.0,
+    log_std_max=2.0, min_std=0.05, eval_sample_elite=True,
+)  # fmt: skip
+BMPC_ALONE = set(
+    "td_horizon kl_reduction reanalyze_interval reanalyze_batch_size reanalyze_horizon reanalyze_log_std_min "
+    "reanalyze_log_std_max expert_std_scale expert_std_min reanalyze_use_chosen_action chosen_action_noise "
+    "initial_expert_from_behavior num_rollouts imagine_initial_source td_target_initial_source "
+    "td_target_use_ema_policy policy_ema_tau policy_trust_region_coef".split()
+)
+
+
+def defaults(script: str) -> dict:
+    """Return the flags of a script and their defaults."""
+    return {name: field.default for name, field in load(script).Args.__dataclass_fields__.items()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_shared_flags_have_the_same_defaults_and_texts(script):
+    """But for those that are TD-MPC2's own, and the name of the experiment."""
+    mine, theirs = defaults("bmpc.py"), defaults(script)
+    own = TDMPC2 if script == "tdmpc2.py" else {}
+    assert mine.keys() - theirs.keys() == (BMPC_ALONE if own else set())
+    changed = {name: theirs[name] for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]}
+    assert changed == own | {"exp_name": script.removesuffix(".py")}
+    assert not own or not theirs.keys() - mine.keys()
+    small = load(script).PRESETS["small"]
+    assert small == {k: v for k, v in load("bmpc.py").PRESETS["small"].items() if k in theirs} | dict.fromkeys(
+        ["num_q"] * bool(own), 5
+    )
+    assert [name for name in theirs if name in mine] == [name for name in mine if name in theirs]  # in one order
+
+
 # --- small runs in this process, on the CPU
 
 
@@ -173,14 +220,14 @@ def test_scripts_compute_the_same_bits(flags, tmp_path):
     """Without the flags of the variants: 60 decisions after warm-up, 20 pretraining updates and 30 later ones, 6 calls
     of reanalyze, 2 evaluations.
     """
-    results = [run_with_evaluations(load(name), tmp_path / name, **FLAGS[flags]) for name in SCRIPTS]
+    results = [run_with_evaluations(load(name), tmp_path / name, **FLAGS[flags]) for name in VARIANTS]
     (run, rows, actions), *others = results
     assert (run.global_step, run.updates, run.pretraining_updates) == (80, 30, 20)
     assert [step for step, _, tag, _ in rows if tag == "eval/episodic_return"] == [40, 80]
     warm_up_means = run.buffer.split_rows(run.buffer.rows).expert.mean[:10]
     assert (warm_up_means != 0).any()  # they are zero until reanalyze replaces them
     contents = lambda run: load("bmpc.py").checkpoint_contents(run) | {"args": {}, "training_seconds": 0.0}
-    for name, (other, other_rows, other_actions) in zip(SCRIPTS[1:], others, strict=True):
+    for name, (other, other_rows, other_actions) in zip(VARIANTS[1:], others, strict=True):
         assert differences(contents(run), contents(other)) == [], name
         assert rows == other_rows and actions == other_actions, name
 

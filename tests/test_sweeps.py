@@ -166,6 +166,7 @@ def test_seeds():
     assert parsed_runs(lines) == expected_runs(["1_test", "2c_expert_source"], (1, 2, 3, 4, 5))
     seed_of = lambda line: int(re.search(r" --seed (\d+) ", line)[1])
     numbers = {"0_dog_run": 1, "0_baseline": 5, "0_ablations": 24, "0_rehearsal": 24, "0_3a_combined": 2}
+    numbers["0_tdmpc2"] = 10
     for sweep, number in numbers.items():
         lines = Lab().dry_run(sweep, SWEEPS_SEEDS="7,9")
         assert Counter(seed_of(line) for line in lines) == {7: number, 9: number}
@@ -179,6 +180,13 @@ def test_a_sweep_that_names_its_baseline_is_compared_with_it(tmp_path):
     assert Lab(cwd=tmp_path).run("0_3a_combined", "--report").returncode == 0
     page = (tmp_path / "runs/report/report.md").read_text()
     assert "0 of 10 runs, baseline 0 of 10\n" in page
+
+
+def test_td_mpc2_runs_beside_the_runs_of_the_small_baseline():
+    """25 runs of each script; BMPC's are those of 0_baseline, with two more seeds."""
+    lines = Lab().dry_run("0_tdmpc2")
+    assert Counter(Path(shlex.split(line)[1]).name for line in lines) == {"tdmpc2.py": 25, "bmpc.py": 25}
+    assert set(Lab().dry_run("0_baseline")) < set(lines)
 
 
 TASKS = "cup-catch finger-turn-easy pointmass-easy dm_control/walker-walk-v0 gymnasium:Pendulum-v1".split()
