@@ -8,7 +8,7 @@ import copy
 
 import numpy as np
 import torch
-from oracle import Adam, cross_entropy, network, scalar, two_hot
+from oracle import Adam, cross_entropy, network, two_hot, two_hot_inv
 from torch.distributions import Normal
 
 
@@ -25,7 +25,7 @@ def drawn(policy, z, eps, args):
 
 def q(values, head, z, a, args):
     """Q(z, a) of one head: (...)."""
-    return scalar(network(values, head, torch.cat([z, a], -1)), args)
+    return two_hot_inv(network(values, head, torch.cat([z, a], -1)), args)
 
 
 def weights(args, steps):
@@ -132,7 +132,7 @@ def plan(model, policy, obs, mean, draws, args):
         state, total, alive = z.expand(-1, actions.shape[1], -1), 0.0, 1.0
         for t in range(T):
             za = torch.cat([state, actions[:, :, t]], -1)
-            total = total + args.discount**t * alive * scalar(network(model.reward, 0, za), args)
+            total = total + args.discount**t * alive * two_hot_inv(network(model.reward, 0, za), args)
             state = network(model.dynamics, 0, za)
             if args.episodic:
                 alive = alive * (torch.sigmoid(network(model.termination, 0, state)[..., 0]) <= 0.5)

@@ -619,7 +619,7 @@ def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
     assert comparison.relative_speed(twin, base) == ""
 
 
-def test_readme_has_the_table():
+def test_results_readme_has_the_table():
     """Mean of the last three evaluations over seeds, with t-intervals: planner, policy alone, and their difference."""
     for folder in ("baseline", "dog_run"):
         (groups,) = comparison.group_runs(exported(folder)).values()
@@ -627,4 +627,4 @@ def test_readme_has_the_table():
             planner = comparison.measured(group.runs, comparison.final_return)
             policy = comparison.measured(group.runs, comparison.final_return, POLICY)
             cells = [group.task, str(len(planner)), *map(report.spread, (planner, policy, planner - policy))]
-            assert f"| {' | '.join(cells)} |" in README
+            assert f"| {' | '.join(cells)} |" in results_readme()
