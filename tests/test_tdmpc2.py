@@ -11,7 +11,18 @@ import numpy as np
 import oracle_tdmpc2 as oracle
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, FakePlanner, generator, make_batch, make_model, named, run_loop, same, small_args
+from conftest import (
+    TASK,
+    FakeEnvs,
+    FakePlanner,
+    generator,
+    generator_factory,
+    make_batch,
+    make_model,
+    run_loop,
+    same,
+    small_args,
+)
 from conftest import start as start_run
 from runs import numbers
 
@@ -44,7 +55,7 @@ def test_every_loss_and_weight_equals_the_oracles(double, name):
     slow, optimizers = oracle.Learner(model, args), tdmpc2.make_optimizers(model, args)
     for k in range(4):
         batch = make_batch(args, seed=k, script=tdmpc2)
-        draws = tdmpc2.sample_update_noise(args, TASK.action_dim, named(k))
+        draws = tdmpc2.sample_update_noise(args, TASK.action_dim, generator_factory(k))
         found = tdmpc2.update(tdmpc2.Functions(), model, optimizers, batch, draws, args)
         expected = {f"losses/{name}": value for name, value in slow.update(batch, draws).items()}
         assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-7, abs=1e-7), k
@@ -82,7 +93,7 @@ def test_a_plan_equals_the_plain_one_at_once_and_in_chunks(double, name):
 def test_two_different_heads_are_drawn_once_per_call_and_every_pair_as_often():
     args = small(num_q=5)
     of_plans = [tdmpc2.sample_plan_noise(3, 3, 2, args, generator(seed)).heads for seed in range(1000)]
-    updates = [tdmpc2.sample_update_noise(args, 2, named(seed)) for seed in range(300)]
+    updates = [tdmpc2.sample_update_noise(args, 2, generator_factory(seed)) for seed in range(300)]
     assert all(heads.shape == (3, 2) and (heads == heads[0]).all() for heads in of_plans)
     for name in ("td_heads", "policy_heads"):
         assert all(getattr(noise, name).shape == (2,) for noise in updates)
@@ -104,7 +115,7 @@ def test_no_numbers_are_drawn_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(tdmpc2.Run, "make_generator", listen)
     run_loop(small(), FakeEnvs([5, 7]), tmp_path, script=tdmpc2)
     assert {name for name, *_ in asked} == {"act", "update"} and len(set(asked)) == len(asked)
-    noise = tdmpc2.sample_update_noise(small(), 2, named())
+    noise = tdmpc2.sample_update_noise(small(), 2, generator_factory())
     normal = torch.cat([noise.td.flatten(), noise.policy.flatten()])
     assert len(normal.unique()) == len(normal) == (2 * 3 + 1) * 12 * 2
     noise = tdmpc2.sample_plan_noise(2, 3, 2, small(), generator())
@@ -159,7 +170,7 @@ def test_the_policy_alone_plays_tanh_of_its_mean_and_the_planner_a_drawn_elite()
     torch.testing.assert_close(torch.from_numpy(envs.sent[0]), torch.tanh(mean))
     envs.sent.clear()
     tdmpc2.run_episodes(run, envs, True, [])
-    assert all((sent == a.elite_action.numpy()).all() for sent, a in zip(envs.sent, planner.answers, strict=True))
+    assert all((sent == a.elite_action.numpy()).all() for sent, a in zip(envs.sent, planner.plans, strict=True))
 
 
 # --- devices and graphs
