@@ -81,7 +81,7 @@ def test_a_plan_equals_the_plain_one_at_once_and_in_chunks(double, name):
     previous = 0.5 * torch.randn(8, 3, 2, generator=generator(2))
     draws = tdmpc2.sample_plan_noise(8, 3, 2, args, generator(3))
     expected = oracle.plan(model, model.policy, obs, previous, draws, args)
-    for plan in (tdmpc2.plan, tdmpc2.plan_in_chunks(tdmpc2.plan, 3)):
+    for plan in (tdmpc2.plan, tdmpc2.plan_in_chunks(tdmpc2.plan, lambda num_states: 3)):
         found = plan(model, model.policy, obs, previous, draws, args)
         for field, x, y in zip(tdmpc2.Plan._fields, found, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, msg=field)
