@@ -1364,7 +1364,10 @@ class Run:
         self.env_errors_in_a_row = 0  # finished episodes since the last one without a failure
 
     def make_generator(self, purpose: str) -> torch.Generator:
+        """Make a generator, seeded from the seed of the run, the purpose and the counters.
 
+        So a checkpoint needs no generator states, and the same counters give the same random numbers.
+        """
         key = f"{purpose} {self.global_step} {self.pretraining_updates} {self.updates}"
         return seeded_generator(self.args.seed, key, device=self.obs.device)
 
