@@ -4,16 +4,18 @@ BMPC: Bootstrapped Model Predictive Control (Wang et al., ICLR 2025, https://arx
 from bmpc.py are marked in the code. With the default flags, both scripts compute the same numbers.
 
     [V1] Flags.
-    [V2] The dynamics are H independent networks, rolled out in parallel from the same encoded state. The policy's
-         candidates follow head 0, and value heads and policy train on its states; predicted returns and value targets
-         are means over heads.
-    [V3] Each plan reports how much the heads disagree about its elites; logged if H > 1.
+    [V2] The dynamics are H independent networks, all rolled out from the same encoded state. The policy's candidates
+         are sampled along the states of dynamics head 0, and scored with all heads. Value heads and policy are trained
+         on the states of head 0. Predicted returns and value targets are means over the dynamics heads. Most of this
+         code is in bmpc.py, with H = 1.
+    [V3] Each plan reports how much the H x Q return estimates of its elites disagree, how much that affects their
+         scores, and how many elites the policy proposed. Logged if H > 1.
     [V4] The score of a candidate is the mean of its H x Q return estimates, plus a coefficient times their standard
          deviation. Acting, reanalyze and evaluation each have their own coefficient.
-    [V5] In value targets, all dynamics heads share the first action; later actions are sampled for each head.
-    [V6] The value heads share one target, or each bootstraps from its own target network.
+    [V5] In value targets, all dynamics heads share the first action; each head samples later actions in its own state.
+    [V6] The value heads share one target, or each bootstraps from its own target head.
     [V7] A metric: how much the dynamics heads disagree about the last latent state of a rollout; logged if H > 1.
-    [V8] Optional: learning rates proportional to the number of heads.
+    [V8] Optional: the learning rates of the dynamics and value heads depend on H and Q.
 
     python bmpc_multihead.py --planner-num-dynamics-heads 2 --planner-value-std-coef-train 1  # seek disagreement
     python bmpc_multihead.py --planner-num-dynamics-heads 2 --local-td-bootstrap --ensemble-lr-scaling
@@ -31,8 +33,9 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     P  of them from the policy        H  dynamics heads
     R  imagined rollouts per state    C  capacity of the replay buffer, in vector steps
 
-In the help of the flags, "official" is the authors' code and "JAX" is a port of it. results/README.md lists the
-differences from both. "Sweep 2a" to "sweep 2h" are the ablations in sweep_list/7_bmpc_equivalence/.
+A decision is one action in one environment; a vector step is one decision in each of the E environments. In the help
+of the flags, "official" is the authors' code and "JAX" is a port of it; results/README.md lists the differences from
+both. The sweeps that the help names are the ablations in sweep_list/7_bmpc_equivalence/.
 """
 
 import contextlib
@@ -63,8 +66,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeVar, get_args, get_type_hints
 
-if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin while they wait are ruinous on a CPU that is not idle
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # is read when torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin while they wait slow down a busy CPU drastically
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # must be set before torch is imported
 
 import gymnasium as gym
 import numpy as np
@@ -106,9 +109,9 @@ class Constraint(NamedTuple):
     is_satisfied: Callable[[Any], Any]
 
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 RESUMABLE = "may change when a run is resumed"
-Resumable = Annotated[T, RESUMABLE]
+Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
 NonNegativeFloat = Annotated[float, Constraint("at least 0", lambda x: 0 <= x < math.inf)]
@@ -143,7 +146,7 @@ class Args:
     capture_video: Resumable[bool] = False
     """record episode 0 of every evaluation as an mp4 file (without a display, this requires EGL or OSMesa)"""
     profile: Resumable[bool] = False
-    """write a profile of the run to trace.json, for Perfetto; meant for runs of a few hundred decisions"""
+    """write a profile to trace.json, for Perfetto; meant for a few hundred decisions, with a small --learning-starts"""
     eval_freq: Resumable[NonNegativeInt] = 10_000
     """decisions (agent steps) between two evaluations; 0: never evaluate"""
     eval_episodes: Resumable[PositiveInt] = 10
@@ -187,10 +190,10 @@ class Args:
     total_timesteps: Resumable[Annotated[PositiveInt, tyro.conf.arg(aliases=["--steps"])]] = 200_000
     """decisions of the whole run, summed over environments (env_steps = decisions x action_repeat)"""
     learning_starts: PositiveInt = 2_500
-    """decisions with random actions, followed by as many pretraining updates of the world model (JAX: 10 000)"""
+    """decisions with random actions, followed by as many pretraining updates of world model and value (JAX: 10 000)"""
     utd_ratio: PositiveFloat = 1.0
-    """updates per decision, read as an exact decimal: 0.5 is one update every two decisions. Sweep 2a: do more updates
-    per decision speed up learning?"""
+    """updates per decision; 0.5 is one update every two decisions. Sweep 2a: do more updates per decision speed up
+    learning?"""
     batch_size: PositiveInt = 256
     """windows in a batch"""
     buffer_size: PositiveInt = 1_000_000
@@ -206,11 +209,11 @@ class Args:
     rho: PositiveFloat = 0.5
     """step t of a rollout has weight rho^t in every loss"""
     normalize_rho_weights: bool = True
-    """normalize these weights to a sum of 1; off: divide them by the horizon (official)"""
+    """normalize these weights to a sum of 1; off: divide them by the number of steps (official)"""
     td_horizon: PositiveInt = 1
     """imagined steps before the value target bootstraps"""
     consistency_coef: NonNegativeFloat = 10.0
-    """weight of the latent consistency loss (official: 20, with weights that are not normalized)"""
+    """weight of the latent consistency loss (official: 20, with --no-normalize-rho-weights)"""
     reward_coef: NonNegativeFloat = 0.1
     """weight of the reward loss"""
     value_coef: NonNegativeFloat = 0.1
@@ -256,7 +259,7 @@ class Args:
     iterations: PositiveInt = 6
     """iterations of MPPI"""
     extra_iterations: NonNegativeInt = 2
-    """additional iterations where the action has 20 dimensions or more"""
+    """additional iterations if the action has 20 dimensions or more"""
     num_samples: PositiveInt = 512
     """N: candidate action sequences per iteration, including those of the policy"""
     num_elites: PositiveInt = 64
@@ -268,15 +271,15 @@ class Args:
     max_std: PositiveFloat = 2.0
     """initial and maximum std of a plan"""
     temperature: PositiveFloat = 0.5
-    """inverse temperature: the weights of the elites are softmax(temperature x return)"""
+    """inverse temperature: the weights of the elites are softmax(temperature x score)"""
     eval_sample_elite: bool = False
     """in evaluation, execute a sampled elite (official) instead of the best one"""
 
     # --- expert
     reanalyze_interval: NonNegativeInt = 10
-    """updates between two calls of reanalyze; 0: never reanalyze"""
+    """reanalyze once in this many updates; 0: never"""
     reanalyze_batch_size: PositiveInt = 20
-    """windows of each batch whose states are planned again"""
+    """windows per call of reanalyze; it plans again for all T states of each"""
     reanalyze_horizon: PositiveInt | None = None
     """horizon of these plans; None: horizon"""
     reanalyze_log_std_min: FiniteFloat | None = None
@@ -286,7 +289,8 @@ class Args:
     expert_std_scale: PositiveFloat = 1.5
     """factor on the std of the expert in the policy loss (official: 1)"""
     expert_std_min: NonNegativeFloat = 0.1
-    """minimum std of the expert in the policy loss (official: 0); no effect if below min_std x expert_std_scale"""
+    """minimum std of the expert in the policy loss, after scaling (official: 0). At the defaults it has no effect: the
+    std is at least min_std x expert_std_scale = 0.15"""
 
     # --- speed
     compile: Resumable[bool] = True
@@ -298,24 +302,28 @@ class Args:
 
     # --- ablations
     reanalyze_use_chosen_action: bool = True
-    """mean of the expert: the chosen action, that is the first action of the sampled elite, when acting as
-    chosen_action_noise says; off: the mean of the plan (JAX). Sweep 2c: which target should the policy imitate?"""
+    """the mean of every expert, from acting as well as from reanalyze, is the chosen action: the first action of the
+    sampled elite (when acting, see chosen_action_noise); off: the mean of the plan (JAX). Sweep 2c: which target should
+    the policy imitate?"""
     chosen_action_noise: bool = True
-    """when acting, the chosen action is the executed one, with exploration noise; off: the sampled elite without noise
-    (official), as in reanalyze. What is executed does not change. Belongs to sweep 2c"""
+    """the chosen action in the first expert of a transition is the executed action, which includes exploration noise;
+    off: the same action without the noise (official), as in reanalyze. Executed actions have noise either way. Ignored
+    with --no-initial-expert-from-behavior or --no-reanalyze-use-chosen-action. Part of sweep 2c"""
     initial_expert_from_behavior: bool = True
-    """the first expert of a transition is the plan that was executed; off: a separate plan, which does not start from
-    the previous one. Sweep 2c: which is the better first target?"""
+    """the first expert of a transition comes from the plan whose action was executed; off: from a separate plan for the
+    same observation, which starts from zeros instead of the plan of the previous step. Sweep 2c: which is the better
+    first target?"""
     num_rollouts: PositiveInt = 1
     """R: imagined rollouts per state for the value target. Sweep 2d: does averaging them reduce variance?"""
     imagine_initial_source: Literal["replay_rollout", "replay_true"] = "replay_rollout"
-    """states at which values are trained: those of the model's rollout, or encoded observations. Sweep 2e: which are
-    better?"""
+    """states at which the value heads are trained: those of the model's rollout, or encoded observations (imagination
+    starts at td_target_initial_source). Sweep 2e: which are better?"""
     td_target_initial_source: Literal["replay_true", "same"] = "replay_true"
     """states from which value targets are imagined: encoded observations (BMPC), or the states chosen by
-    imagine_initial_source. Belongs to sweep 2e"""
+    imagine_initial_source. Part of sweep 2e"""
     encoder_consistency_coef: NonNegativeFloat = 0.0
-    """weight of a consistency loss whose gradient flows into the encoder. Sweep 2f: does it improve the encoder?"""
+    """weight of a second consistency loss, which moves the encoded observations toward the predicted states; in the
+    first, they are fixed targets. Sweep 2f: does it improve the encoder?"""
     td_target_use_ema_policy: bool = False
     """value targets use an exponential moving average (EMA) of the policy. Sweep 2g: do slower targets help?"""
     policy_ema_tau: UnitFloat = 0.01
@@ -327,22 +335,23 @@ class Args:
     planner_num_dynamics_heads: PositiveInt = 1
     """H: dynamics networks with independent weights. Sweep 2b: does an ensemble improve the planner?"""
     planner_value_std_coef_train: FiniteFloat = 0.0
-    """weight of the standard deviation of a candidate's H x Q return estimates in its score when acting: above 0 the
-    planner seeks disagreement of the heads, below 0 it avoids it. Sweep 2b: does seeking it improve exploration?"""
+    """when acting, coefficient of the standard deviation of a candidate's H x Q return estimates, which is added to its
+    score: above 0, the planner seeks disagreement between the heads, below 0, it avoids it. Sweep 2b: does seeking it
+    improve exploration?"""
     planner_value_std_coef_eval: FiniteFloat = 0.0
-    """the same weight in evaluation"""
+    """this coefficient in evaluation"""
     reanalyze_value_std_coef: FiniteFloat = 0.0
-    """the same weight in reanalyze; experts made when acting use planner_value_std_coef_train"""
+    """this coefficient in reanalyze; the first experts, made when acting, use planner_value_std_coef_train"""
     local_td_bootstrap: bool = False
-    """each value head bootstraps from its own target network; off: all share the mean target. Sweep 2b: do independent
-    targets keep the value heads diverse?"""
+    """each value head bootstraps from the target head with the same index; off: all share one target, from the mean of
+    the target heads. Sweep 2b: do independent targets keep the value heads diverse?"""
     ensemble_lr_scaling: bool = False
-    """multiply the learning rate of the dynamics heads by H and that of the value heads by Q / 5 (5 is Q at the default
-    model size)"""
+    """multiply the learning rate of the dynamics heads by H, and that of the value heads by Q / 5: 1 at the default
+    model size, less where Q is below 5"""
 
 
 def resolve_algorithm_args(args: Args) -> Args:
-    """Replace every None that follows from other arguments."""
+    """Fill in each argument that is None and that other arguments determine."""
     defaults = dict(zip(MODEL_SIZE_FIELDS, MODEL_SIZES[args.model_size], strict=True)) | {
         "reanalyze_horizon": args.horizon,
         "reanalyze_log_std_min": args.log_std_min,
@@ -352,7 +361,7 @@ def resolve_algorithm_args(args: Args) -> Args:
 
 
 def check_algorithm_args(args: Args) -> Iterable[tuple[bool, str]]:
-    """Yield pairs of a condition that the resolved arguments must satisfy together, and the error if they do not."""
+    """Yield pairs (is the condition satisfied, message if not) of conditions on several resolved arguments."""
     low, high = args.reanalyze_log_std_min, args.reanalyze_log_std_max
     yield low <= high, f"--reanalyze-log-std-min is {low}, above --reanalyze-log-std-max {high}"
     yield (
@@ -377,7 +386,7 @@ def symexp(x: Tensor) -> Tensor:
 def two_hot(x: Tensor, args: Args) -> Tensor:
     """Encode scalars (...) as distributions (..., K) over bins.
 
-    symlog(x) is clipped to the range of the bins. Its probability mass is split linearly between the two nearest bins.
+    symlog(x) is clipped to the range of the bins; a probability of 1 is split linearly between the two nearest bins.
     """
     bins_per_unit = (args.num_bins - 1) / (args.vmax - args.vmin)
     position = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit
@@ -402,7 +411,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
 
 
 def rho_weights(args: Args, like: Tensor) -> Tensor:
-    """Compute the weights of the steps of `like` (T, ...): rho^t / sum rho^t, or rho^t / T (official)."""
+    """Compute loss weights (n,) for the n steps of `like` (n, ...): rho^t / sum rho^t, or rho^t / n (official)."""
     weights = args.rho ** torch.arange(len(like), device=like.device, dtype=like.dtype)
     return weights / (weights.sum() if args.normalize_rho_weights else len(like))
 
@@ -427,9 +436,8 @@ def simnorm(x: Tensor, group_size: int) -> Tensor:
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 #
-# Every network is a stack of `heads` independent networks of the same shape. The encoder, the policy and the reward are
-# stacks of one head. An input has the shape (heads, ..., in), or (1, ..., in) if all heads share it; a stack of one
-# head accepts any leading dimensions.
+# Every network is a stack of `heads` independent networks of the same shape; most are stacks of one. An input has the
+# shape (heads, ..., in), or (1, ..., in) if all heads share it; a stack of one head accepts any leading dimensions.
 
 
 def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -449,11 +457,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=0.02, generator=generator))
         self.bias = nn.Parameter(torch.zeros(heads, out_dim))
 
-    def forward(self, x: Tensor, a: Tensor | None = None, heads: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, a: Tensor | None = None, heads: slice | Tensor = slice(None)) -> Tensor:
         """Apply the layer to x, or to the concatenation [x, a].
 
-        The leading dimensions of x and a only have to broadcast. If they differ, the two parts of [x, a] are multiplied
-        separately. So a latent state that all candidates share is multiplied once.
+        The leading dimensions of x and a need only be broadcastable. If they differ, the two parts of [x, a] are
+        multiplied separately, so that a latent state that all candidates share is multiplied only once.
         """
         if a is not None and a.shape[:-1] == x.shape[:-1]:
             x = torch.cat([x, a], -1)
@@ -482,7 +490,11 @@ class NormedLinear(Linear):
         self.ln_bias = nn.Parameter(torch.zeros(heads, out_dim))
 
     def forward(
-        self, x: Tensor, a: Tensor | None = None, heads: slice = slice(None), dropout_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        a: Tensor | None = None,
+        heads: slice | Tensor = slice(None),
+        dropout_mask: Tensor | None = None,
     ) -> Tensor:
         """Apply the layer to x, or to [x, a]. dropout_mask: (heads, ..., out), 0 or 1 / (1 - dropout)."""
         y = super().forward(x, a, heads)
@@ -525,8 +537,8 @@ class MLP(nn.Module):
             outputs.append(self.forward_heads(select(x, head), select(a, head), select(dropout_mask, head), head))
         return torch.cat(outputs)
 
-    def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice) -> Tensor:
-        """Apply some of the heads at once."""
+    def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice | Tensor) -> Tensor:
+        """Apply some of the heads at once, given by a slice or by their indices."""
         first, *others = self.layers
         x = first(x, a, heads, dropout_mask)
         for layer in others:
@@ -564,7 +576,7 @@ class WorldModel(nn.Module):
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         needs_ema_policy = args.td_target_use_ema_policy or args.policy_trust_region_coef > 0
         self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False) if needs_ema_policy else None
-        self.register_buffer("kl_scale", torch.ones(()))  # running scale of the KL, see update_kl_scale
+        self.register_buffer("kl_scale", torch.ones(()))  # running scale of the KL, see update_scale
 
 
 def policy_gaussian(policy: nn.Module, z: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -595,8 +607,9 @@ def rollout_return(
     """Roll the model out from z and predict the return, in two parts. Both the planner and the TD target use it.
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
-    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). Rewards of a
-    single step from a shared z are (1, ...). After a predicted termination (probability above 0.5), all terms are 0.
+    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). If there is
+    only one step and z is shared, the rewards are (1, ...). After a predicted termination (probability above 0.5), all
+    terms are 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -632,8 +645,10 @@ class Plan(NamedTuple):
     mean: Tensor  # (S, T, A)
     std: Tensor  # (S, A) std of the first action
     value: Tensor  # (S,) score of the sampled elite
-    return_std: Tensor  # (S,) [V3] std of the predicted returns over heads, mean over elites
-    bonus_share: Tensor  # (S,) [V3] |bonus| / (|bonus| + |mean return|), where bonus = std_coef x std; mean over elites
+    return_std: Tensor  # (S,) [V3] std of the H x Q predicted returns, averaged over the elites
+    bonus_share: (
+        Tensor  # (S,) [V3] |bonus| / (|bonus| + |mean return|), bonus = std_coef x std, averaged over the elites
+    )
     proposal_share: Tensor  # (S,) [V3] share of the elites that the policy proposed
 
 
@@ -653,13 +668,13 @@ def sample_plan_noise(
 def candidate_scores(rewards: Tensor, values: Tensor, std_coef: float) -> tuple[Tensor, Tensor]:  # [V4]
     """Compute scores of candidates and the std of their returns over heads: (H, S, N), (Q, H, S, N) -> (S, N) each.
 
-    The score is the mean of the H x Q predicted returns, plus std_coef times their std. Scores that are not finite
-    become -1e9, stds 0. [V4]
+    The score is the mean of the H x Q predicted returns, plus std_coef times their std. Non-finite scores become -1e9,
+    non-finite stds become 0. [V4]
     """
     scores = rewards.mean(0) + values.mean((0, 1))
     returns = rewards + values  # (Q, H, S, N) [V4]
     std = (returns - returns.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, N) [V4]
-    if std_coef != 0:  # [V4] with 0, a std that is not finite must not change the score
+    if std_coef != 0:  # [V4] 0 x std is NaN if the std is infinite
         scores = scores + std_coef * std
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9), std.nan_to_num(0.0, 0.0, 0.0)  # [V4]
 
@@ -669,8 +684,8 @@ def policy_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [V3] [V4]
     """Sample action sequences from the policy and score them: z (S, L), standard normal eps (S, P, T, A).
 
-    They are candidates in every iteration, so they are scored once. Returns actions (S, P, T, A), and scores and stds
-    (S, P) [V3].
+    The same sequences compete in every iteration, so they are scored only once, before the first. Returns actions
+    (S, P, T, A), and scores and stds (S, P) [V3].
     """
     actions = []
 
@@ -691,24 +706,25 @@ def mppi_iteration(
     std: Tensor,
     policy_actions: Tensor,
     policy_scores: Tensor,
-    policy_stds: Tensor,  # [V3]
-    noise: Tensor,
+    policy_return_stds: Tensor,  # [V3]
+    eps: Tensor,
     args: Args,
     std_coef: float,  # [V4]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # [V3]
     """Sample candidates, score them and refit mean and std to the elites.
 
-    z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (S, P); noise: (S, N-P, T, A).
+    z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (S, P); eps: (S, N-P, T, A).
     Returns mean and std (S, T, A), elites (S, num_elites, T, A), best first, their scores and weights (S, num_elites).
-    policy_stds: (S, P), over heads. Also returns the stds of the elites and whether the policy proposed them. [V3]
+    policy_return_stds: (S, P), stds of the returns of the policy's candidates over heads. Also returns these stds of
+    the elites, and whether the policy proposed them, (S, num_elites) each. [V3]
     """
     # Sample action sequences and predict their returns
-    samples = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # (S, N-P, T, A)
+    samples = (mean[:, None] + std[:, None] * eps).clamp(-1, 1)  # (S, N-P, T, A)
     steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A)
     select_action = lambda t, z: steps[None, t]  # (1, S, N-P, A)
     shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
     rewards, values = rollout_return(model, shared_z, select_action, len(steps), model.value, args)
-    sample_scores, sample_stds = candidate_scores(rewards, values, std_coef)  # (S, N-P) each [V4]
+    sample_scores, sample_return_stds = candidate_scores(rewards, values, std_coef)  # (S, N-P) each [V4]
     scores = torch.cat([policy_scores, sample_scores], 1)  # (S, N)
     actions = torch.cat([policy_actions, samples], 1)  # (S, N, T, A)
 
@@ -721,9 +737,13 @@ def mppi_iteration(
     w = weights[:, :, None, None]
     mean = (w * elites).sum(1)
     std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(args.min_std, args.max_std)
-    elite_stds = torch.cat([policy_stds, sample_stds], 1).gather(1, elite_index)  # (S, num_elites) [V3]
+
+    # Diagnostics of the elites [V3]
+    elite_return_stds = torch.cat([policy_return_stds, sample_return_stds], 1).gather(
+        1, elite_index
+    )  # (S, num_elites) [V3]
     is_from_policy = (elite_index < policy_actions.shape[1]).to(scores.dtype)  # (S, num_elites) [V3]
-    return mean, std, elites, elite_scores, weights, elite_stds, is_from_policy  # [V3]
+    return mean, std, elites, elite_scores, weights, elite_return_stds, is_from_policy  # [V3]
 
 
 @torch.no_grad()
@@ -741,26 +761,20 @@ def plan(
     """Plan for S states at once with MPPI (TD-MPC2), where the policy proposes some of the candidates.
 
     Acting, evaluation and reanalyze all use this function.
-    obs: (S, O); prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
+    policy: the policy that proposes candidates. obs: (S, O).
+    prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
     propose, iterate: policy_candidates and mppi_iteration, compiled or not.
-    std_coef: weight of the disagreement of the heads in the scores [V4].
+    std_coef: coefficient of the std over heads in the scores [V4].
     """
     z = model.encoder(obs)  # (S, L)
-    policy_actions, policy_scores, policy_stds = propose(model, policy, z, noise.policy, args, std_coef)  # [V3] [V4]
+    policy_actions, policy_scores, policy_return_stds = propose(
+        model, policy, z, noise.policy, args, std_coef
+    )  # [V3] [V4]
     mean = prev_mean
     std = torch.full_like(mean, args.max_std)
     for eps in noise.candidates.unbind(1):
-        mean, std, elites, elite_scores, weights, elite_stds, is_from_policy = iterate(  # [V3]
-            model,
-            z,
-            mean,
-            std,
-            policy_actions,
-            policy_scores,
-            policy_stds,
-            eps,
-            args,
-            std_coef,  # [V3] [V4]
+        mean, std, elites, elite_scores, weights, elite_return_stds, is_from_policy = iterate(  # [V3] [V4]
+            model, z, mean, std, policy_actions, policy_scores, policy_return_stds, eps, args, std_coef
         )
 
     # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
@@ -769,9 +783,11 @@ def plan(
     elite_action = elites[torch.arange(len(z), device=z.device), sampled, 0]  # (S, A)
     action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
     value = elite_scores.gather(1, sampled[:, None])[:, 0]
-    bonus = std_coef * elite_stds  # (S, num_elites) [V3]
+    bonus = std_coef * elite_return_stds  # (S, num_elites) [V3]; score - bonus is the mean return over heads
     bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)  # [V3]
-    diagnostics = torch.stack([elite_stds, bonus_share, is_from_policy], 2).mean(1)  # (S, 3) [V3]
+    diagnostics = torch.stack([elite_return_stds, bonus_share, is_from_policy], 2).mean(
+        1
+    )  # (S, 3), in Plan's order [V3]
     return Plan(action, elite_action, elites[:, 0, 0], mean, std[:, 0], value, *diagnostics.unbind(1))  # [V3]
 
 
@@ -792,7 +808,7 @@ def run_planner(
 
 
 def planner_rollouts_per_state(args: Args) -> int:
-    """Bound the rollouts per state in an iteration of MPPI, from which the size of chunks on a CPU follows."""
+    """Return an upper bound on the rollouts per state in one MPPI iteration. On a CPU, it limits the size of chunks."""
     return args.num_samples * args.planner_num_dynamics_heads  # [V2]
 
 
@@ -809,7 +825,7 @@ class Expert(NamedTuple):
 
 
 def make_expert(planned: Plan, chosen_action: Tensor, args: Args) -> Expert:
-    """Make the expert from S plans. Its mean is chosen_action (S, A), or the mean of the plan (JAX)."""
+    """Make the experts from S plans. Their means are chosen_action (S, A), or the means of the plans (JAX)."""
     mean = chosen_action if args.reanalyze_use_chosen_action else planned.mean[:, 0]
     return Expert(mean, planned.std)
 
@@ -830,7 +846,7 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """All random numbers of an update, except those of reanalyze. They are inputs, like those of a plan."""
+    """All random numbers of an update, except those of reanalyze, passed in like those of a plan."""
 
     td: Tensor  # (H or 1, R, td_horizon, T, B, A) [V5] standard normal, for the policy in the value targets
     dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1; not yet scaled
@@ -843,7 +859,7 @@ def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[s
     shape = (args.num_rollouts, args.td_horizon, T, B, action_dim)
     td = torch.randn(shape, generator=generator, device=generator.device)
     td = td[None]  # [V5]
-    if args.td_horizon > 1:  # [V5] later actions differ between heads; all heads share the first
+    if args.td_horizon > 1:  # [V5] noise of heads 1 to H-1, where step 0 is not used; head 0 has that of bmpc.py
         other_heads = (args.planner_num_dynamics_heads - 1, *shape)
         td = torch.cat([td, torch.randn(other_heads, generator=make_generator("heads"), device=td.device)])
     dropout_mask = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
@@ -857,11 +873,11 @@ def td_target(model: WorldModel, policy: nn.Module, z: Tensor, eps: Tensor, args
 
     y = sum over k < td_horizon of gamma^k r_k, plus gamma^td_horizon times the mean of the target value heads.
     z: (T, B, L); eps: (H or 1, R, td_horizon, T, B, A) [V5]. Returns (1, R, T, B): one target for all value heads, the
-    mean over dynamics heads. With local_td_bootstrap (Q, R, T, B): each bootstraps from its own target head [V6].
+    mean over dynamics heads. With local_td_bootstrap, returns (Q, R, T, B): one target per value head, which uses the
+    target head with the same index instead of their mean [V6].
     """
-    select_action = lambda k, z: sample_action(
-        policy, z, eps[: len(z), :, k], args
-    )  # (1, R, T, B, A) for k = 0, then (H, R, T, B, A) [V5]
+    # Actions: (1, R, T, B, A) for k = 0, then (H, R, T, B, A) [V5]
+    select_action = lambda k, z: sample_action(policy, z, eps[: len(z), :, k], args)
     rewards, values = rollout_return(model, z[None, None], select_action, args.td_horizon, model.target_value, args)
     if args.local_td_bootstrap:  # [V6]
         return (rewards + values).mean(1)
@@ -880,13 +896,14 @@ def rollout_dynamics(model: WorldModel, z_0: Tensor, actions: Tensor) -> tuple[T
 def world_model_loss(
     model: WorldModel, batch: Batch, noise: UpdateNoise, args: Args
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Compute the losses of the world model along its rollout (TD-MPC2, equation 3).
+    """Compute the losses of the world model and the value heads along a rollout (TD-MPC2, equation 3).
 
     Returns the total loss, the states of the rollout without gradient (T, B, L), and metrics.
     """
     weights = rho_weights(args, batch.reward)  # (T,)
 
-    # Encode all observations. The first encoding starts the rollout, the others are targets
+    # Encode all observations. The first encoding starts the rollout; the others are the targets of its states. By
+    # default, the first T are also the states from which value targets are imagined
     z_0 = model.encoder(batch.obs[0])  # (B, L)
     true_z_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
     with torch.set_grad_enabled(true_z_needs_grad and torch.is_grad_enabled()):
@@ -908,7 +925,6 @@ def world_model_loss(
     value_logits = model.value(value_z[None], dropout_mask=noise.dropout_mask / (1 - args.dropout))  # (Q, T, B, K)
     value_loss = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
-    # Optional losses
     losses = {"consistency": consistency_loss, "reward": reward_loss, "value": value_loss}  # (T,) each
     if args.episodic:
         logits = model.termination(next_zs).squeeze(-1)  # (T, H, B)
@@ -939,17 +955,17 @@ def world_model_loss(
     return total, rollout_z.detach(), metrics
 
 
-def update_kl_scale(scale: Tensor, kl: Tensor) -> Tensor:
-    """Return the new running scale of the KL, from the old one and kl (B,) at t = 0.
+def update_scale(scale: Tensor, x: Tensor) -> Tensor:
+    """Return the new running scale of x, from the old one and x (B,) at t = 0. BMPC scales the KL, TD-MPC2 Q-values.
 
-    It is a moving average, with step size 0.01, of the range from the 5th to the 95th percentile, at least 1. TD-MPC2
-    scales its Q-values in the same way.
+    It is a moving average, with step size 0.01, of the range from the 5th to the 95th percentile. Ranges below 1 count
+    as 1.
     """
-    kl = kl.detach().sort().values
+    x = x.detach().sort().values
 
     def percentile(p: float) -> Tensor:  # torch.quantile cannot be compiled by every version of torch
-        position = p * (len(kl) - 1)
-        return torch.lerp(kl[math.floor(position)], kl[math.ceil(position)], position % 1)
+        position = p * (len(x) - 1)
+        return torch.lerp(x[math.floor(position)], x[math.ceil(position)], position % 1)
 
     return torch.lerp(scale, (percentile(0.95) - percentile(0.05)).clamp(min=1.0), 0.01)
 
@@ -965,7 +981,7 @@ def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tup
     mean, std = policy_gaussian(model.policy, z, args)  # (T, B, A)
     expert_std = (expert.std * args.expert_std_scale).clamp(min=args.expert_std_min)
     kl = reduce(gaussian_kl(mean, std, expert.mean, expert_std), -1)  # (T, B)
-    scale = update_kl_scale(model.kl_scale, kl[0])
+    scale = update_scale(model.kl_scale, kl[0])
     loss = (weights * kl.mean(1)).sum() / scale
 
     entropy = (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean(1)  # (T,)
@@ -983,7 +999,7 @@ def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tup
 
 
 def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    """Make one Adam for the world model (everything but the policy) and one for the policy."""
+    """Make one Adam for the world model and the value heads, and one for the policy."""
     networks = {model.encoder: args.lr * args.enc_lr_scale}
     for network in (model.dynamics, model.reward, model.value, model.termination):
         if network is not None:
@@ -991,7 +1007,7 @@ def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, to
     if args.ensemble_lr_scaling:  # [V8]
         networks[model.dynamics] = args.lr * args.planner_num_dynamics_heads
         networks[model.value] = args.lr * (args.num_q / 5)
-    params_by_lr: dict[float, list[nn.Parameter]] = {}  # one parameter group per learning rate: each is a kernel launch
+    params_by_lr: dict[float, list[nn.Parameter]] = {}  # one group per learning rate: each costs a kernel launch
     for network, lr in networks.items():
         params_by_lr.setdefault(lr, []).extend(network.parameters())
     groups = [dict(params=params, lr=lr) for lr, params in params_by_lr.items()]
@@ -1057,7 +1073,8 @@ def update(
 class ReplayBuffer:
     """A ring buffer of C vector steps on the device. A vector step has E rows, one transition of each environment.
 
-    Host arrays record where windows start. A window is T consecutive transitions of one episode, finished or not.
+    Host arrays record where windows start. A window is T consecutive transitions of one episode, which may
+    still be running.
     """
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
@@ -1089,17 +1106,18 @@ class ReplayBuffer:
         ended: np.ndarray,
         failed: np.ndarray,
     ) -> None:
-        """Add a vector step: obs and next_obs (E, O), action (E, A), expert (E, A), reward and terminated (E,).
+        """Add a vector step.
 
+        obs and next_obs: (E, O); action: (E, A); expert: (E, A); reward and terminated: (E,);
         ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
         simulator failed, so that the row is not a transition.
         """
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
         self.valid_start[self.step % self.capacity] = False
-        self.episode_step += ~failed
+        self.episode_step += 1
         self.step += 1
-        # This row completes the window that starts horizon - 1 rows earlier
+        # This vector step completes the windows that start horizon - 1 vector steps earlier
         is_valid = (self.episode_step >= self.horizon) & ~failed
         self.valid_start[(self.step - self.horizon) % self.capacity] = is_valid
         self.start_indices = np.flatnonzero(self.valid_start)
@@ -1113,7 +1131,7 @@ class ReplayBuffer:
         T, C, E = self.horizon, self.capacity, len(self.episode_step)
         if not len(self.start_indices):
             raise UsageError(
-                f"no episode in the replay buffer has {T} decisions, the length of a window; "
+                f"no episode in the replay buffer is as long as a window ({T} decisions); "
                 "start a new run with a smaller --horizon and with --run-name NAME"
             )
         start = self.start_indices[(uniform * len(self.start_indices)).astype(np.int64)]  # (B,)
@@ -1248,16 +1266,17 @@ def reanalyze(
 
 
 class Run:
-    """The complete state of a run. `checkpoint_contents` lists what a checkpoint holds of it."""
+    """The complete state of a run. `checkpoint_contents` lists the parts that a checkpoint holds."""
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
         E, A = args.num_envs, task.action_dim
         self.args = args
+        self.action_dim = A
         self.functions = make_functions(args, device)
         self.model = WorldModel(task, args, seeded_generator(args.seed, "init", device="cpu")).to(device)
         self.optimizers = make_optimizers(self.model, args)
         self.buffer = ReplayBuffer(args, task, device)
-        self.metrics: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # by their names: sums on the device, and counts
+        self.metrics: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # names: (their sums, on the device, and a count)
 
         # Counters
         self.global_step = 0  # decisions, summed over environments
@@ -1272,12 +1291,12 @@ class Run:
         self.episode_return = torch.zeros(E, dtype=torch.float64)
         self.finished_episodes: list[FinishedEpisode] = []  # of the last step
         self.env_errors = 0  # episodes that were truncated because the simulator failed
-        self.env_errors_in_a_row = 0  # finished episodes since the last one without a failure
+        self.env_errors_in_a_row = 0  # consecutive finished episodes that failed
 
     def make_generator(self, purpose: str) -> torch.Generator:
         """Make a generator, seeded from the seed of the run, the purpose and the counters.
 
-        So a checkpoint needs no generator states, and the same counters give the same random numbers.
+        A checkpoint therefore needs no generator states, and the same counters give the same random numbers.
         """
         key = f"{purpose} {self.global_step} {self.pretraining_updates} {self.updates}"
         return seeded_generator(self.args.seed, key, device=self.obs.device)
@@ -1292,17 +1311,17 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # Groups share names. The later group wins, so updates replace pretraining updates of the same interval
+        # Pretraining and later updates share some names. If an interval has both, the later updates are logged
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise RunError(f"{name} is not finite; the last checkpoint was written before that")
+                raise RunError(f"{name} is not finite; the last checkpoint is older than that")
         return means
 
 
 def updates_due(args: Args, step: int) -> int:
-    """Count the updates that must be done by a global step: floor(utd_ratio x decisions after the warm-up)."""
+    """Return how many updates must have been done by a global step: floor(utd_ratio x decisions after the warm-up)."""
     warm_up = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
 
@@ -1310,7 +1329,7 @@ def updates_due(args: Args, step: int) -> int:
 def train_step(run: Run, pretraining: bool) -> None:
     """Sample a batch, reanalyze it if due, and update the networks."""
     args = run.args
-    noise = sample_update_noise(args, run.prev_mean.shape[2], run.make_generator)
+    noise = sample_update_noise(args, run.action_dim, run.make_generator)
     window_rng = np.random.default_rng([args.seed, run.pretraining_updates, run.updates])
     batch = run.buffer.sample(window_rng.random(args.batch_size))
     if pretraining:
@@ -1335,7 +1354,10 @@ def pretrain(run: Run, controller: "RunController") -> None:
 
 
 def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, mean: Tensor) -> None:
-    """Store the transitions of a step. The next plans start from these means (E, T, A), except in new episodes."""
+    """Store the transitions of a step.
+
+    mean: (E, T, A), of the current plans. Shifted by one step, they start the next plans, except in new episodes.
+    """
     step = finish_step(run, envs)  # advances global_step and resets the environments whose episode ended
     run.buffer.add(run.obs, action, expert, step.reward, step.terminated, step.next_obs, step.ended, step.failed)
     run.obs = step.obs
@@ -1343,14 +1365,14 @@ def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, mean: Ten
 
 
 def train(run: Run, envs: "Envs", controller: "RunController") -> int:
-    """Train until the run is done or asked to stop (BMPC, algorithm 1). Returns the exit code."""
+    """Train until the run is done or asked to stop. Returns the exit code."""
     args = run.args
     while True:
         # Pretrain once, after the warm-up
         if run.global_step >= args.learning_starts and run.pretraining_updates < args.learning_starts:
             pretrain(run, controller)
 
-        # Write checkpoints, evaluate and log where due. None of it changes what is learned
+        # Write checkpoints, evaluate and log when due. None of it changes what is learned
         exit_code = controller.between_steps()
         if exit_code is not None:
             return exit_code
@@ -1358,7 +1380,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         # Act: random actions in the warm-up, then the planner
         with record_function("act"):
             if run.global_step < args.learning_starts:
-                action, expert = random_action(args, run.prev_mean.shape[2], run.make_generator("act"))
+                action, expert = random_action(args, run.action_dim, run.make_generator("act"))
                 mean = run.prev_mean  # zeros
             else:
                 action, expert, mean, metrics = act(
@@ -1367,14 +1389,14 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
                 run.accumulate_metrics(metrics)
             envs.step_async(to_host(action))
 
-        # Do the updates of this step while the simulators run, on earlier transitions
+        # While the simulators run, do the updates of this step, on the transitions stored so far
         while run.updates < updates_due(args, run.global_step + args.num_envs):
             train_step(run, pretraining=False)
 
         store_step(run, envs, action, expert, mean)
 
 
-# ======== Plumbing: the machinery of a run. Nothing below is specific to BMPC. ========
+# ======== Plumbing: the machinery of a run. Nothing below depends on the algorithm. ========
 
 
 class UsageError(Exception):
@@ -1397,7 +1419,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class OutputStream:
-    """Wraps stdout or stderr. Output that nobody reads any more, as when `| tee` was killed, is discarded."""
+    """Wraps stdout or stderr. Output that nobody reads any more, for example after `| tee` was killed, is discarded."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1434,7 +1456,7 @@ class TaskInfo(NamedTuple):
 
 
 def resolve_env_id(task: str) -> str:
-    """Return the Gymnasium id of a task: that of dm_control for TD-MPC2's names, such as dog-run or cup-catch.
+    """Return the Gymnasium id of a task. TD-MPC2's names, such as dog-run or cup-catch, become ids of dm_control.
 
     Ids with a version, and `module:Id`, whose module registers the environment, are returned unchanged.
     """
@@ -1500,7 +1522,7 @@ MAX_ENV_ERRORS = 10  # this many failed episodes in a row stop the run
 class TruncateOnError(gym.Wrapper):
     """Truncate an episode if the simulator raises an exception or returns numbers that are not finite.
 
-    Resuming is exact, so without this a simulator that diverges in one episode would stop the run there at every start.
+    Resuming is exact. Without this, a simulator that diverges would stop the run at the same step at every start.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -1529,7 +1551,7 @@ class TruncateOnError(gym.Wrapper):
         return obs, reward, terminated, truncated, {}
 
 
-UNBOUNDED = 1e6  # larger bounds of an action stand for no bounds
+UNBOUNDED = 1e6  # action bounds of this size or more count as unbounded
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
@@ -1577,7 +1599,7 @@ def inspect_task(args: Args) -> TaskInfo:
 
 
 @contextlib.contextmanager
-def env_errors() -> Iterator[None]:
+def env_errors_as_run_errors() -> Iterator[None]:
     """Raise whatever goes wrong in an environment as RunError."""
     try:
         yield
@@ -1601,7 +1623,7 @@ class Envs(AsyncVectorEnv):
     environment cannot be made or reset, or if its process dies.
     """
 
-    @env_errors()
+    @env_errors_as_run_errors()
     def __init__(self, args: Args, num_envs: int, render_first: bool = False):
         self.seed = args.seed
         env_fns = [functools.partial(make_env, args, render_first and i == 0) for i in range(num_envs)]
@@ -1629,12 +1651,14 @@ class Envs(AsyncVectorEnv):
         if not mask.any():
             return obs
         seeds = [derive_seed(self.seed, *key) for key in episode_keys]
-        with env_errors():
+        with env_errors_as_run_errors():
             first_obs, _ = self.reset(seed=seeds, options={"reset_mask": mask})
         return np.where(mask[:, None], first_obs, obs)
 
-    call = env_errors()(AsyncVectorEnv.call)
-    step_async = env_errors()(AsyncVectorEnv.step_async)  # starts a step; the simulators run in the background
+    call = env_errors_as_run_errors()(AsyncVectorEnv.call)
+    step_async = env_errors_as_run_errors()(
+        AsyncVectorEnv.step_async
+    )  # starts a step; the simulators run in the background
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str | None]]:
         """Wait for the step.
@@ -1642,7 +1666,7 @@ class Envs(AsyncVectorEnv):
         Returns obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,), and for each environment the
         error that truncated its episode, or None.
         """
-        with env_errors():
+        with env_errors_as_run_errors():
             obs, reward, terminated, truncated, infos = super().step_wait()
         errors = infos.get("env_error", [None] * self.num_envs)
         return obs, reward, terminated, truncated, list(errors)
@@ -1719,7 +1743,7 @@ def count_env_errors(run: Run) -> None:
 def check_env_errors(errors_in_a_row: int, error: str | None) -> None:
     """Raise RunError if too many episodes in a row failed."""
     if errors_in_a_row >= MAX_ENV_ERRORS:
-        raise RunError(f"{errors_in_a_row} episodes in a row failed, the last one by {error}")
+        raise RunError(f"{errors_in_a_row} episodes in a row failed, the last one with {error}")
 
 
 def start_run_episodes(run: Run, envs: Envs) -> None:
@@ -1754,9 +1778,8 @@ def replay_unfinished_episodes(run: Run, envs: Envs, obs: np.ndarray) -> np.ndar
     is_complete = buffer.episode_step <= buffer.capacity
     steps = np.where(is_complete, buffer.episode_step, 0)  # (E,) decisions to repeat
     obs = envs.start_episodes(np.ones(envs.num_envs, bool), episode_keys, obs)
-    for remaining in range(
-        steps.max(), 0, -1
-    ):  # all replays finish together; shorter ones are reset before their first step
+    # All replays end together. An environment whose replay has not begun takes zero actions, and is reset before it
+    for remaining in range(steps.max(), 0, -1):
         actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
         envs.step_async(actions * (steps >= remaining)[:, None])
         obs, _, terminated, truncated, _ = envs.step_wait()
@@ -1888,7 +1911,7 @@ def setup_torch(args: Args) -> torch.device:
     return device
 
 
-CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit the cache of a CPU
+CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit in the cache of a CPU
 
 
 def make_functions(args: Args, device: torch.device) -> Functions:
@@ -1942,7 +1965,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
 
 @contextlib.contextmanager
 def announce(activity: str) -> Iterator[None]:
-    """Print what is being done, and every ten seconds for how long, until it is finished."""
+    """Print the activity, then the seconds that it has taken, every ten seconds until it is finished."""
     print_line(f"{activity} ...")
     start = time.perf_counter()
     finished = threading.Event()
@@ -1976,7 +1999,7 @@ class CompileTimer:
         """Report the start of a compilation."""
         cls.number += 1
         cls.start = time.perf_counter()
-        cls.announcement = announce(f"compiling, part {cls.number}")
+        cls.announcement = announce(f"compiling part {cls.number}")
         cls.announcement.__enter__()
 
     @classmethod
@@ -1985,7 +2008,7 @@ class CompileTimer:
         cls.announcement.__exit__(None, None, None)
         seconds = time.perf_counter() - cls.start
         cls.seconds += seconds
-        print_line(f"compiled, part {cls.number}, in {seconds:.0f} s")
+        print_line(f"compiled part {cls.number} in {seconds:.0f} s")
 
 
 def plan_in_chunks(plan_fn: Callable[..., Plan], chunk_size: Callable[[int], int]) -> Callable[..., Plan]:
@@ -2034,12 +2057,12 @@ def start_graph_step(function: Callable) -> Callable:
 # that is resumed at s truncates its log to the entries before s, and then repeats those of s.
 
 CHECKPOINT_FORMAT = 3
-OLDER_CHECKPOINTS = "commit 1775172"  # the last one that reads and writes format 2
+FORMAT_2_COMMIT = "1775172"  # the last commit that reads and writes format 2
 EXIT_RESUMABLE = 75  # exit code of a run that was asked to stop; the same command resumes it
 
 
 def checkpoint_contents(run: Run, keep_replay: bool = True) -> dict[str, Any]:
-    """Collect everything that the future of the run depends on; without the replay buffer it cannot be continued."""
+    """Collect everything that the rest of the run depends on. Without the replay buffer, it can only be evaluated."""
     return {
         "format": CHECKPOINT_FORMAT,
         "args": dataclasses.asdict(run.args),
@@ -2097,7 +2120,7 @@ def save_checkpoint(run: Run, directory: Path, keep_replay: bool = True) -> None
     """Write checkpoint.pt. Raises RunError, and writes nothing, if a weight is not finite or the disk is full."""
     is_finite = torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])
     if not to_host(is_finite).all():
-        raise RunError("a weight is not finite; the last checkpoint was written before that")
+        raise RunError("a weight is not finite; the last checkpoint is older than that")
     contents = checkpoint_contents(run, keep_replay)
     try:
         atomic_write(directory / "checkpoint.pt", lambda file: torch.save(contents, file))
@@ -2123,7 +2146,7 @@ def read_checkpoint(directory: Path) -> dict[str, Any]:
                 raise ValueError("its checksums do not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "script" in state:  # a key of format 2
-            raise ValueError(f"it has an older format; {OLDER_CHECKPOINTS} of this project reads it")
+            raise ValueError(f"it has an older format; commit {FORMAT_2_COMMIT} of this project reads it")
         if state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"it has format {state['format']}, and this version reads format {CHECKPOINT_FORMAT}")
         unknown_args = state["args"].keys() - {field.name for field in dataclasses.fields(Args)}
@@ -2251,20 +2274,20 @@ def lock_directory(directory: Path) -> None:
 
 
 def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
-    """Raise UsageError if the run in the directory is finished, or if it has other arguments."""
+    """Raise UsageError if the run in the directory is finished, or if its arguments are different."""
     new_run = f"start a new run {'without --resume and ' if args.resume else ''}with --run-name NAME"
     old_args, new_args = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
     fixed = [name for name, metadata in field_metadata().items() if RESUMABLE not in metadata]
     changed = [f"{name} {old_args[name]} -> {new_args[name]}" for name in fixed if old_args[name] != new_args[name]]
     if changed:
-        raise UsageError(f"{directory} holds a run with other arguments ({'; '.join(changed)}); {new_run}")
+        raise UsageError(f"{directory} holds a run with different arguments ({'; '.join(changed)}); {new_run}")
     step = state["global_step"]
     finished = f"{directory} holds a finished run of {step} decisions"
     if state["buffer"] is None:
         reason = "it was finished with --no-keep-replay, so it cannot be continued"
         raise UsageError(f"{finished}; {reason}; evaluate it with --evaluate {directory}, or {new_run}")
     is_finished = (directory / "finished.json").exists()
-    # The last checkpoint of a run that was killed in its last evaluation is up to num_envs - 1 past its end
+    # A run that was killed in its last evaluation is not finished. Its checkpoint is up to num_envs - 1 past its end
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
         advice = f"continue it with more --steps, evaluate it with --evaluate {directory}, or {new_run}"
         raise UsageError(f"{finished}; {advice}")
@@ -2273,7 +2296,7 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
 def open_run_directory(args: Args) -> tuple[Path, dict[str, Any] | None]:
     """Create or reopen the run directory and lock it. Returns it, and the contents of its checkpoint if there is one.
 
-    Raises UsageError if the directory is in use, or holds a finished run or one with other arguments.
+    Raises UsageError if the directory is in use, or holds a finished run or one with different arguments.
     """
     directory = run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
@@ -2434,7 +2457,7 @@ class RunController:
             self.postfix["return"] = f"{episode_return:.1f}"
 
     def log_metrics(self) -> None:
-        """Log the means of the metrics, and the decisions per second, since the last time."""
+        """Log the means of the metrics, and the decisions per second, since they were last logged."""
         run = self.run
         values = run.mean_metrics()
         start_step, start_seconds = self.speed_start
@@ -2487,7 +2510,7 @@ def check_constraints(args: Args) -> None:
 
 
 def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
-    """Check the arguments, replace every None that follows from the task or other arguments, and inspect the task.
+    """Check the arguments, fill in those that are None and that the task or others determine, and inspect the task.
 
     Raises UsageError if an argument is not valid.
     """
@@ -2509,21 +2532,33 @@ def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
 def default_discount(args: Args, task: TaskInfo) -> float:
     """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if it has no time limit."""
     if task.episode_length is None:
-        raise UsageError(f"{args.env_id} has no time limit to compute the discount from; give --discount")
+        raise UsageError(f"{args.env_id} has no time limit, from which the discount is computed; give --discount")
     n = task.episode_length / args.discount_denom
     return min(max((n - 1) / n, args.discount_min), args.discount_max)
 
 
 def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
-    """Yield pairs of a condition that arguments and task must satisfy together, and the error if they do not."""
+    """Yield pairs (is the condition satisfied, message if not) of conditions on several arguments, or on the task."""
     T, n = args.horizon, task.episode_length
     yield args.num_bins > 1, f"--num-bins is {args.num_bins}; two-hot distributions need at least 2"
     yield args.vmin < args.vmax, f"--vmin is {args.vmin}, not below --vmax {args.vmax}"
-    yield args.log_std_min <= args.log_std_max, f"--log-std-min is {args.log_std_min}, above --log-std-max"
+    yield (
+        args.log_std_min <= args.log_std_max,
+        f"--log-std-min is {args.log_std_min}, above --log-std-max {args.log_std_max}",
+    )
     yield args.min_std <= args.max_std, f"--min-std is {args.min_std}, above --max-std {args.max_std}"
-    yield args.discount_min <= args.discount_max, f"--discount-min is {args.discount_min}, above --discount-max"
-    yield args.num_elites <= args.num_samples, f"--num-elites is {args.num_elites}, above --num-samples"
-    yield args.num_pi_trajs < args.num_samples, f"--num-pi-trajs is {args.num_pi_trajs}, not below --num-samples"
+    yield (
+        args.discount_min <= args.discount_max,
+        f"--discount-min is {args.discount_min}, above --discount-max {args.discount_max}",
+    )
+    yield (
+        args.num_elites <= args.num_samples,
+        f"--num-elites is {args.num_elites}, above --num-samples {args.num_samples}",
+    )
+    yield (
+        args.num_pi_trajs < args.num_samples,
+        f"--num-pi-trajs is {args.num_pi_trajs}, not below --num-samples {args.num_samples}",
+    )
     yield (
         args.latent_dim % args.simnorm_dim == 0,
         f"--latent-dim is {args.latent_dim}, not a multiple of --simnorm-dim {args.simnorm_dim}",
@@ -2536,7 +2571,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
         args.buffer_size // args.num_envs > T + 1,
         f"--buffer-size is {args.buffer_size}; {args.num_envs} environments need at least {args.num_envs * (T + 2)}",
     )
-    yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, less than --horizon {T}"
+    yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, fewer than --horizon {T}"
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -2562,7 +2597,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def make_eval_envs(args: Args) -> Envs:
-    """Make the environments of an evaluation: the fewest that need no more rounds of episodes than num_envs would."""
+    """Make the environments of an evaluation: as few as finish its episodes in no more rounds than num_envs would."""
     rounds = math.ceil(args.eval_episodes / args.num_envs)
     return Envs(args, math.ceil(args.eval_episodes / rounds), args.capture_video)
 
@@ -2589,7 +2624,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         eval_envs = stack.enter_context(make_eval_envs(args)) if args.eval_freq else None
         device = setup_torch(args)
         if device.type == "cpu" and args.preset == "full":
-            print_line("no GPU found: a full-size run takes days on a CPU; --preset small is made for one")
+            print_line("a full-size run takes days on a CPU; --preset small is made for a CPU")
         directory, state = open_run_directory(args)
         print_line(f"{directory}, on {device}")
         run = Run(args, task, device)
@@ -2604,7 +2639,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
             logger = MetricsLogger(directory, args, run.global_step)
             return train(run, envs, RunController(run, eval_envs, logger, stop_signals, directory))
         except Exception as e:
-            return explain_failure(run, e, stop_signals, directory)
+            return raise_with_step(run, e, stop_signals, directory)
 
 
 def profile(path: Path) -> torch.profiler.profile:
@@ -2612,8 +2647,8 @@ def profile(path: Path) -> torch.profiler.profile:
     return torch.profiler.profile(on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def explain_failure(run: Run, error: Exception, stop_signals: list[int], directory: Path) -> int:
-    """Raise the error with the step it occurred at. Returns the exit code if a stop signal caused it.
+def raise_with_step(run: Run, error: Exception, stop_signals: list[int], directory: Path) -> int:
+    """Raise the error again, with the step it occurred at. If a stop signal caused it, return the exit code instead.
 
     The traceback of an unexpected error is written to error.txt.
     """

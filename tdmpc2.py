@@ -4,11 +4,14 @@ A world model predicts rewards and latent states. A planner (MPPI) optimizes act
 selects every action. The value function is learned from stored transitions, and the policy maximizes it. Both guide the
 planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes. The differences are marked in the code:
 
-    [T1] Flags: TD-MPC2's numbers, but four environments. BMPC adds those of its expert and of its ablations.
-    [T2] The policy maximizes Q-values and its entropy, also in pretraining. BMPC: it imitates the planner.
-    [T3] The value heads predict Q(z, a). Plans and losses use two heads, drawn at random. BMPC: V(z), all heads.
+    [T1] Flags: TD-MPC2's defaults, but four environments. BMPC changes some of them, and adds flags for its expert and
+         its ablations.
+    [T2] The policy maximizes Q-values and its entropy at all T+1 states of a rollout, also in pretraining. BMPC: it
+         imitates the planner at the first T states, and not in pretraining.
+    [T3] The value heads predict Q(z, a). The value loss trains all of them; plans, value targets and the policy loss
+         use two, drawn at random. BMPC: V(z), and always all heads.
     [T4] The policy is a Gaussian whose samples are squashed by tanh. BMPC: its mean is squashed, its samples clipped.
-    [T5] Only transitions are stored. BMPC: also the plan that chose the action, which reanalyze replaces by newer ones.
+    [T5] Only transitions are stored. BMPC: also an expert, from the plan that chose the action; reanalyze replaces it.
     [T6] Value targets use the stored reward and next observation. BMPC: the next step is imagined with the policy.
 
     python tdmpc2.py                                            # dog-run, 200 000 decisions, on a GPU if there is one
@@ -24,10 +27,12 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     E  parallel environments          L  latent state
     S  states planned at once         K  bins of a two-hot distribution
     N  candidate action sequences     Q  value heads
-    P  of them from the policy        H  dynamics heads (1 in this script)
+    P  of them from the policy        H  dynamics heads (more than 1 in bmpc_multihead.py)
     C  capacity of the replay buffer, in vector steps
 
-In the help of the flags, "official" is the code of BMPC's authors and "JAX" is a port of it.
+A decision is one action in one environment; a vector step is one decision in each of the E environments. In the help
+of the flags, "official" is the code of BMPC's authors and "JAX" is a port of it; defaults without a remark are
+TD-MPC2's. The sweeps that the help names are ablations of bmpc.py.
 """
 
 import contextlib
@@ -58,8 +63,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TextIO, TypeVar, get_args, get_type_hints
 
-if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin while they wait are ruinous on a CPU that is not idle
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # is read when torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin while they wait slow down a busy CPU drastically
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # must be set before torch is imported
 
 import gymnasium as gym
 import numpy as np
@@ -101,9 +106,9 @@ class Constraint(NamedTuple):
     is_satisfied: Callable[[Any], Any]
 
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 RESUMABLE = "may change when a run is resumed"
-Resumable = Annotated[T, RESUMABLE]
+Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
 NonNegativeFloat = Annotated[float, Constraint("at least 0", lambda x: 0 <= x < math.inf)]
@@ -138,7 +143,7 @@ class Args:
     capture_video: Resumable[bool] = False
     """record episode 0 of every evaluation as an mp4 file (without a display, this requires EGL or OSMesa)"""
     profile: Resumable[bool] = False
-    """write a profile of the run to trace.json, for Perfetto; meant for runs of a few hundred decisions"""
+    """write a profile to trace.json, for Perfetto; meant for a few hundred decisions, with a small --learning-starts"""
     eval_freq: Resumable[NonNegativeInt] = 10_000
     """decisions (agent steps) between two evaluations; 0: never evaluate"""
     eval_episodes: Resumable[PositiveInt] = 10
@@ -184,8 +189,8 @@ class Args:
     learning_starts: PositiveInt = 2_500
     """decisions with random actions, followed by as many pretraining updates"""  # [T1]
     utd_ratio: PositiveFloat = 1.0
-    """updates per decision, read as an exact decimal: 0.5 is one update every two decisions. Sweep 2a: do more updates
-    per decision speed up learning?"""
+    """updates per decision; 0.5 is one update every two decisions. Sweep 2a: do more updates per decision speed up
+    learning?"""
     batch_size: PositiveInt = 256
     """windows in a batch"""
     buffer_size: PositiveInt = 1_000_000
@@ -201,10 +206,10 @@ class Args:
     rho: PositiveFloat = 0.5
     """step t of a rollout has weight rho^t in every loss"""
     normalize_rho_weights: bool = False  # [T1]
-    """normalize these weights to a sum of 1; off: divide them by the horizon (official)"""
+    """normalize these weights to a sum of 1; off: divide them by the number of steps (official)"""
     # [T1] BMPC: td_horizon
     consistency_coef: NonNegativeFloat = 20.0  # [T1]
-    """weight of the latent consistency loss (official: 20, with weights that are not normalized)"""
+    """weight of the latent consistency loss (official: 20, with --no-normalize-rho-weights)"""
     reward_coef: NonNegativeFloat = 0.1
     """weight of the reward loss"""
     value_coef: NonNegativeFloat = 0.1
@@ -237,7 +242,7 @@ class Args:
     vmax: FiniteFloat = 10.0
     """position of the last bin, in symlog units"""
     dropout: Annotated[float, Constraint("in [0, 1)", lambda x: 0 <= x < 1)] = 0.01
-    """dropout in the first layer of the value heads, only in the value loss"""
+    """dropout in the first layer of the value heads, only in the value loss (TD-MPC2: also in the policy loss)"""
     log_std_min: FiniteFloat = -10.0  # [T1]
     """minimum log std of the policy (official: -3)"""
     log_std_max: FiniteFloat = 2.0  # [T1]
@@ -249,7 +254,7 @@ class Args:
     iterations: PositiveInt = 6
     """iterations of MPPI"""
     extra_iterations: NonNegativeInt = 2
-    """additional iterations where the action has 20 dimensions or more"""
+    """additional iterations if the action has 20 dimensions or more"""
     num_samples: PositiveInt = 512
     """N: candidate action sequences per iteration, including those of the policy"""
     num_elites: PositiveInt = 64
@@ -261,7 +266,7 @@ class Args:
     max_std: PositiveFloat = 2.0
     """initial and maximum std of a plan"""
     temperature: PositiveFloat = 0.5
-    """inverse temperature: the weights of the elites are softmax(temperature x return)"""
+    """inverse temperature: the weights of the elites are softmax(temperature x score)"""
     eval_sample_elite: bool = True  # [T1]
     """in evaluation, execute a sampled elite (official) instead of the best one"""
 
@@ -278,18 +283,19 @@ class Args:
     # --- ablations
     # [T1] BMPC: flags of the expert and of imagined value targets
     encoder_consistency_coef: NonNegativeFloat = 0.0
-    """weight of a consistency loss whose gradient flows into the encoder. Sweep 2f: does it improve the encoder?"""
+    """weight of a second consistency loss, which moves the encoded observations toward the predicted states; in the
+    first, they are fixed targets. Sweep 2f: does it improve the encoder?"""
     # [T1] BMPC: flags of an EMA of the policy
 
 
 def resolve_algorithm_args(args: Args) -> Args:
-    """Replace every None that follows from other arguments."""
+    """Fill in each argument that is None and that other arguments determine."""
     defaults = dict(zip(MODEL_SIZE_FIELDS, MODEL_SIZES[args.model_size], strict=True))  # [T1]
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
 
 
 def check_algorithm_args(args: Args) -> Iterable[tuple[bool, str]]:
-    """Yield pairs of a condition that the resolved arguments must satisfy together, and the error if they do not."""
+    """Yield pairs (is the condition satisfied, message if not) of conditions on several resolved arguments."""
     return ()  # [T1] BMPC: arguments of reanalyze
 
 
@@ -309,7 +315,7 @@ def symexp(x: Tensor) -> Tensor:
 def two_hot(x: Tensor, args: Args) -> Tensor:
     """Encode scalars (...) as distributions (..., K) over bins.
 
-    symlog(x) is clipped to the range of the bins. Its probability mass is split linearly between the two nearest bins.
+    symlog(x) is clipped to the range of the bins; a probability of 1 is split linearly between the two nearest bins.
     """
     bins_per_unit = (args.num_bins - 1) / (args.vmax - args.vmin)
     position = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit
@@ -332,7 +338,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def rho_weights(args: Args, like: Tensor) -> Tensor:
-    """Compute the weights of the steps of `like` (T, ...): rho^t / sum rho^t, or rho^t / T (official)."""
+    """Compute loss weights (n,) for the n steps of `like` (n, ...): rho^t / sum rho^t, or rho^t / n (official)."""
     weights = args.rho ** torch.arange(len(like), device=like.device, dtype=like.dtype)
     return weights / (weights.sum() if args.normalize_rho_weights else len(like))
 
@@ -357,12 +363,8 @@ def simnorm(x: Tensor, group_size: int) -> Tensor:
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 #
-# Every network is a stack of `heads` independent networks of the same shape. The encoder, the policy and the reward are
-# stacks of one head. An input has the shape (heads, ..., in), or (1, ..., in) if all heads share it; a stack of one
-# head accepts any leading dimensions.
-
-
-Heads = slice | Tensor  # [T3] some of the heads, as a slice or by their indices
+# Every network is a stack of `heads` independent networks of the same shape; most are stacks of one. An input has the
+# shape (heads, ..., in), or (1, ..., in) if all heads share it; a stack of one head accepts any leading dimensions.
 
 
 def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -382,11 +384,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=0.02, generator=generator))
         self.bias = nn.Parameter(torch.zeros(heads, out_dim))
 
-    def forward(self, x: Tensor, a: Tensor | None = None, heads: Heads = slice(None)) -> Tensor:  # [T3]
+    def forward(self, x: Tensor, a: Tensor | None = None, heads: slice | Tensor = slice(None)) -> Tensor:
         """Apply the layer to x, or to the concatenation [x, a].
 
-        The leading dimensions of x and a only have to broadcast. If they differ, the two parts of [x, a] are multiplied
-        separately. So a latent state that all candidates share is multiplied once.
+        The leading dimensions of x and a need only be broadcastable. If they differ, the two parts of [x, a] are
+        multiplied separately, so that a latent state that all candidates share is multiplied only once.
         """
         if a is not None and a.shape[:-1] == x.shape[:-1]:
             x = torch.cat([x, a], -1)
@@ -415,7 +417,11 @@ class NormedLinear(Linear):
         self.ln_bias = nn.Parameter(torch.zeros(heads, out_dim))
 
     def forward(
-        self, x: Tensor, a: Tensor | None = None, heads: Heads = slice(None), dropout_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        a: Tensor | None = None,
+        heads: slice | Tensor = slice(None),
+        dropout_mask: Tensor | None = None,
     ) -> Tensor:  # [T3]
         """Apply the layer to x, or to [x, a]. dropout_mask: (heads, ..., out), 0 or 1 / (1 - dropout)."""
         y = super().forward(x, a, heads)
@@ -458,8 +464,8 @@ class MLP(nn.Module):
             outputs.append(self.forward_heads(select(x, head), select(a, head), select(dropout_mask, head), head))
         return torch.cat(outputs)
 
-    def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: Heads) -> Tensor:  # [T3]
-        """Apply some of the heads at once."""
+    def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice | Tensor) -> Tensor:
+        """Apply some of the heads at once, given by a slice or by their indices."""
         first, *others = self.layers
         x = first(x, a, heads, dropout_mask)
         for layer in others:
@@ -494,7 +500,7 @@ class WorldModel(nn.Module):
         self.policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], generator)
         self.termination = MLP([args.latent_dim, *hidden, 1], generator) if args.episodic else None
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
-        self.register_buffer("q_scale", torch.ones(()))  # running scale of the Q-values, see update_q_scale [T2]
+        self.register_buffer("q_scale", torch.ones(()))  # running scale of the Q-values, see update_scale [T2]
 
 
 def policy_gaussian(policy: nn.Module, z: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -531,9 +537,10 @@ def rollout_return(
 ) -> tuple[Tensor, Tensor]:
     """Roll the model out from z and predict the return, in two parts. [T3]
 
-    z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A), also at the last state,
-    whose value is Q(z, a); heads: (2,). Returns the discounted sum of rewards (H, ...) and the discounted value of the
-    last state (2, H, ...). After a predicted termination (probability above 0.5), all terms are 0. [T3]
+    z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A). It is called once more,
+    with t = steps, for the action in the final Q(z, a); heads: (2,). Returns the discounted sum of rewards (H, ...) and
+    the discounted value of the last state (2, H, ...). After a predicted termination (probability above 0.5), all terms
+    are 0. [T3]
     """
     rewards = 0.0
     alive = 1.0
@@ -559,7 +566,7 @@ class PlanNoise(NamedTuple):
     candidates: Tensor  # (S, iterations, N-P, T+1, A) standard normal; the last step is for the policy [T3]
     elite: Tensor  # (S, num_elites) uniform
     action: Tensor  # (S, A) standard normal
-    heads: Tensor  # (S, 2) int64, value heads, the same for all states [T3]
+    heads: Tensor  # (S, 2) int64: two value heads for the whole plan, repeated for each state [T3]
 
 
 class Plan(NamedTuple):
@@ -593,17 +600,13 @@ def candidate_scores(rewards: Tensor, values: Tensor) -> Tensor:
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
 
 
-def policy_candidates(
-    model: WorldModel,
-    policy: nn.Module,
-    z: Tensor,
-    eps: Tensor,
-    heads: Tensor,
-    args: Args,  # [T3]
+def policy_candidates(  # [T3]
+    model: WorldModel, policy: nn.Module, z: Tensor, eps: Tensor, heads: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
     """Sample action sequences from the policy and score them: z (S, L), standard normal eps (S, P, T+1, A). [T3]
 
-    They are candidates in every iteration, so they are scored once. Returns actions (S, P, T, A) and scores (S, P).
+    The same sequences compete in every iteration, so they are scored only once, before the first. Returns actions
+    (S, P, T, A) and scores (S, P).
     """
     actions = []
 
@@ -625,21 +628,21 @@ def mppi_iteration(
     std: Tensor,
     policy_actions: Tensor,
     policy_scores: Tensor,
-    noise: Tensor,
+    eps: Tensor,
     heads: Tensor,  # [T3]
     args: Args,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sample candidates, score them and refit mean and std to the elites.
 
-    z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (S, P); noise: (S, N-P, T+1, A);
+    z: (S, L); mean, std: (S, T, A); policy_actions: (S, P, T, A); policy_scores: (S, P); eps: (S, N-P, T+1, A);
     heads: (2,). [T3]
     Returns mean and std (S, T, A), elites (S, num_elites, T, A), best first, their scores and weights (S, num_elites).
     """
     # Sample action sequences and predict their returns
-    samples = (mean[:, None] + std[:, None] * noise[:, :, :-1]).clamp(-1, 1)  # (S, N-P, T, A) [T3]
+    samples = (mean[:, None] + std[:, None] * eps[:, :, :-1]).clamp(-1, 1)  # (S, N-P, T, A) [T3]
     steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A)
-    policy_action = lambda z: sample_action(policy, z, noise[None, :, :, -1], args)  # [T3]
-    select_action = lambda t, z: steps[None, t] if t < len(steps) else policy_action(z)  # (1, S, N-P, A) [T3]
+    last_action = lambda z: sample_action(policy, z, eps[None, :, :, -1], args)  # [T3]
+    select_action = lambda t, z: steps[None, t] if t < len(steps) else last_action(z)  # (1, S, N-P, A) [T3]
     shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
     rewards, values = rollout_return(model, shared_z, select_action, len(steps), heads, args)  # [T3]
     sample_scores = candidate_scores(rewards, values)  # (S, N-P)
@@ -672,7 +675,8 @@ def plan(
     """Plan for S states at once with MPPI (TD-MPC2), where the policy proposes some of the candidates.
 
     Acting and evaluation both use this function. [T5]
-    obs: (S, O); prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
+    policy: the policy that proposes candidates. obs: (S, O).
+    prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
     propose, iterate: policy_candidates and mppi_iteration, compiled or not.
     """
     z = model.encoder(obs)  # (S, L)
@@ -681,17 +685,8 @@ def plan(
     mean = prev_mean
     std = torch.full_like(mean, args.max_std)
     for eps in noise.candidates.unbind(1):
-        mean, std, elites, elite_scores, weights = iterate(
-            model,
-            policy,
-            z,
-            mean,
-            std,
-            policy_actions,
-            policy_scores,
-            eps,
-            heads,
-            args,  # [T3]
+        mean, std, elites, elite_scores, weights = iterate(  # [T3]
+            model, policy, z, mean, std, policy_actions, policy_scores, eps, heads, args
         )
 
     # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
@@ -719,7 +714,7 @@ def run_planner(
 
 
 def planner_rollouts_per_state(args: Args) -> int:
-    """Bound the rollouts per state in an iteration of MPPI, from which the size of chunks on a CPU follows."""
+    """Return an upper bound on the rollouts per state in one MPPI iteration. On a CPU, it limits the size of chunks."""
     return args.num_samples
 
 
@@ -739,14 +734,15 @@ class Batch(NamedTuple):
 
     obs: Tensor  # (T, B, O)
     action: Tensor  # (T, B, A)
-    reward: Tensor  # (T, B) [T5] BMPC: the action is followed by its expert
+    # [T5] BMPC: expert
+    reward: Tensor  # (T, B)
     terminated: Tensor  # (T, B)
     next_obs: Tensor  # (T, B, O)
     # [T5] BMPC: index, the row of the replay buffer
 
 
 class UpdateNoise(NamedTuple):
-    """All random numbers of an update. They are inputs, like those of a plan."""  # [T5]
+    """All random numbers of an update, passed in like those of a plan."""  # [T5]
 
     td: Tensor  # (T, B, A) standard normal, for the policy in the value targets [T6]
     td_heads: Tensor  # (2,) int64, target value heads of the value targets [T6]
@@ -790,13 +786,13 @@ def rollout_dynamics(model: WorldModel, z_0: Tensor, actions: Tensor) -> tuple[T
 def world_model_loss(
     model: WorldModel, batch: Batch, noise: UpdateNoise, args: Args
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Compute the losses of the world model along its rollout (TD-MPC2, equation 3).
+    """Compute the losses of the world model and the value heads along a rollout (TD-MPC2, equation 3).
 
     Returns the total loss, the states of the rollout without gradient (T+1, B, L), and metrics. [T2]
     """
     weights = rho_weights(args, batch.reward)  # (T,)
 
-    # Encode all observations. The first encoding starts the rollout, the others are targets
+    # Encode all observations. The first encoding starts the rollout; the others are the targets of its states [T6]
     z_0 = model.encoder(batch.obs[0])  # (B, L)
     true_z_needs_grad = args.encoder_consistency_coef > 0  # [T6]
     with torch.set_grad_enabled(true_z_needs_grad and torch.is_grad_enabled()):
@@ -809,13 +805,12 @@ def world_model_loss(
     reward_loss = soft_cross_entropy(reward_logits, two_hot(batch.reward, args)[:, None]).mean((1, 2))  # (T,)
 
     # Value, of the actions taken [T6]
-    rollout_z = torch.cat([zs[:, 0], next_zs[-1:, 0]])  # (T+1, B, L)
+    rollout_z = torch.cat([zs[:, 0], next_zs[-1:, 0]])  # (T+1, B, L), the last state is for the policy loss [T2]
     y = td_target(model, batch, true_z[1:].detach(), noise, args)  # (T, B)
     dropout_mask = noise.dropout_mask / (1 - args.dropout)
     value_logits = model.value(rollout_z[None, :-1], batch.action[None], dropout_mask=dropout_mask)  # (Q, T, B, K)
     value_loss = soft_cross_entropy(value_logits, two_hot(y, args)).mean((0, 2))  # (T,)
 
-    # Optional losses
     losses = {"consistency": consistency_loss, "reward": reward_loss, "value": value_loss}  # (T,) each
     if args.episodic:
         logits = model.termination(next_zs).squeeze(-1)  # (T, H, B)
@@ -843,16 +838,17 @@ def world_model_loss(
     return total, rollout_z.detach(), metrics
 
 
-def update_q_scale(scale: Tensor, q: Tensor) -> Tensor:
-    """Return the new running scale of the Q-values, from the old one and q (B,) at t = 0. [T2]
+def update_scale(scale: Tensor, x: Tensor) -> Tensor:
+    """Return the new running scale of x, from the old one and x (B,) at t = 0. BMPC scales the KL, TD-MPC2 Q-values.
 
-    It is a moving average, with step size 0.01, of the range from the 5th to the 95th percentile, at least 1. [T2]
+    It is a moving average, with step size 0.01, of the range from the 5th to the 95th percentile. Ranges below 1 count
+    as 1.
     """
-    q = q.detach().sort().values  # [T2]
+    x = x.detach().sort().values
 
     def percentile(p: float) -> Tensor:  # torch.quantile cannot be compiled by every version of torch
-        position = p * (len(q) - 1)
-        return torch.lerp(q[math.floor(position)], q[math.ceil(position)], position % 1)  # [T2]
+        position = p * (len(x) - 1)
+        return torch.lerp(x[math.floor(position)], x[math.ceil(position)], position % 1)
 
     return torch.lerp(scale, (percentile(0.95) - percentile(0.05)).clamp(min=1.0), 0.01)
 
@@ -868,9 +864,10 @@ def policy_loss(
     mean, std = policy_gaussian(model.policy, z, args)  # (T+1, B, A)
     a = torch.tanh(mean + std * noise.policy)
     q = q_values(model.value, z, a, noise.policy_heads, args).mean(0)  # (T+1, B)
-    scale = update_q_scale(model.q_scale, q[0])
+    scale = update_scale(model.q_scale, q[0])
 
-    # Entropy of the sample. As in TD-MPC2's code, the bonus is that of the Gaussian before tanh, times A [T2]
+    # Estimates of the entropy from one sample. As in TD-MPC2's code, the bonus uses the Gaussian before tanh, times A;
+    # the metric is the entropy of the squashed policy [T2]
     gaussian_log_prob = (-0.5 * noise.policy.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)  # (T+1, B)
     log_prob = gaussian_log_prob - torch.log((1 - a.square()).clamp(min=0) + 1e-6).sum(-1)
     scaled_entropy = -gaussian_log_prob * a.shape[-1]
@@ -881,12 +878,12 @@ def policy_loss(
 
 
 def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
-    """Make one Adam for the world model (everything but the policy) and one for the policy."""
+    """Make one Adam for the world model and the value heads, and one for the policy."""
     networks = {model.encoder: args.lr * args.enc_lr_scale}
     for network in (model.dynamics, model.reward, model.value, model.termination):
         if network is not None:
             networks[network] = args.lr
-    params_by_lr: dict[float, list[nn.Parameter]] = {}  # one parameter group per learning rate: each is a kernel launch
+    params_by_lr: dict[float, list[nn.Parameter]] = {}  # one group per learning rate: each costs a kernel launch
     for network, lr in networks.items():
         params_by_lr.setdefault(lr, []).extend(network.parameters())
     groups = [dict(params=params, lr=lr) for lr, params in params_by_lr.items()]
@@ -950,7 +947,8 @@ def update(
 class ReplayBuffer:
     """A ring buffer of C vector steps on the device. A vector step has E rows, one transition of each environment.
 
-    Host arrays record where windows start. A window is T consecutive transitions of one episode, finished or not.
+    Host arrays record where windows start. A window is T consecutive transitions of one episode, which may
+    still be running.
     """
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
@@ -981,17 +979,18 @@ class ReplayBuffer:
         ended: np.ndarray,
         failed: np.ndarray,
     ) -> None:
-        """Add a vector step: obs and next_obs (E, O), action (E, A), reward and terminated (E,). [T5]
+        """Add a vector step.
 
+        obs and next_obs: (E, O); action: (E, A); reward and terminated: (E,); [T5]
         ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
         simulator failed, so that the row is not a transition.
         """
         row = [obs, action, reward[:, None], terminated[:, None], next_obs]  # [T5]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
         self.valid_start[self.step % self.capacity] = False
-        self.episode_step += ~failed
+        self.episode_step += 1
         self.step += 1
-        # This row completes the window that starts horizon - 1 rows earlier
+        # This vector step completes the windows that start horizon - 1 vector steps earlier
         is_valid = (self.episode_step >= self.horizon) & ~failed
         self.valid_start[(self.step - self.horizon) % self.capacity] = is_valid
         self.start_indices = np.flatnonzero(self.valid_start)
@@ -1005,7 +1004,7 @@ class ReplayBuffer:
         T, C, E = self.horizon, self.capacity, len(self.episode_step)
         if not len(self.start_indices):
             raise UsageError(
-                f"no episode in the replay buffer has {T} decisions, the length of a window; "
+                f"no episode in the replay buffer is as long as a window ({T} decisions); "
                 "start a new run with a smaller --horizon and with --run-name NAME"
             )
         start = self.start_indices[(uniform * len(self.start_indices)).astype(np.int64)]  # (B,)
@@ -1090,16 +1089,17 @@ def policy_action(model: WorldModel, obs: Tensor, args: Args) -> Tensor:
 
 
 class Run:
-    """The complete state of a run. `checkpoint_contents` lists what a checkpoint holds of it."""
+    """The complete state of a run. `checkpoint_contents` lists the parts that a checkpoint holds."""
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
         E, A = args.num_envs, task.action_dim
         self.args = args
+        self.action_dim = A
         self.functions = make_functions(args, device)
         self.model = WorldModel(task, args, seeded_generator(args.seed, "init", device="cpu")).to(device)
         self.optimizers = make_optimizers(self.model, args)
         self.buffer = ReplayBuffer(args, task, device)
-        self.metrics: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # by their names: sums on the device, and counts
+        self.metrics: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # names: (their sums, on the device, and a count)
 
         # Counters
         self.global_step = 0  # decisions, summed over environments
@@ -1114,12 +1114,12 @@ class Run:
         self.episode_return = torch.zeros(E, dtype=torch.float64)
         self.finished_episodes: list[FinishedEpisode] = []  # of the last step
         self.env_errors = 0  # episodes that were truncated because the simulator failed
-        self.env_errors_in_a_row = 0  # finished episodes since the last one without a failure
+        self.env_errors_in_a_row = 0  # consecutive finished episodes that failed
 
     def make_generator(self, purpose: str) -> torch.Generator:
         """Make a generator, seeded from the seed of the run, the purpose and the counters.
 
-        So a checkpoint needs no generator states, and the same counters give the same random numbers.
+        A checkpoint therefore needs no generator states, and the same counters give the same random numbers.
         """
         key = f"{purpose} {self.global_step} {self.pretraining_updates} {self.updates}"
         return seeded_generator(self.args.seed, key, device=self.obs.device)
@@ -1134,17 +1134,17 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # Groups share names. The later group wins, so updates replace pretraining updates of the same interval
+        # Pretraining and later updates share some names. If an interval has both, the later updates are logged
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise RunError(f"{name} is not finite; the last checkpoint was written before that")
+                raise RunError(f"{name} is not finite; the last checkpoint is older than that")
         return means
 
 
 def updates_due(args: Args, step: int) -> int:
-    """Count the updates that must be done by a global step: floor(utd_ratio x decisions after the warm-up)."""
+    """Return how many updates must have been done by a global step: floor(utd_ratio x decisions after the warm-up)."""
     warm_up = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
 
@@ -1152,7 +1152,7 @@ def updates_due(args: Args, step: int) -> int:
 def train_step(run: Run, pretraining: bool) -> None:
     """Sample a batch and update the networks."""  # [T5]
     args = run.args
-    noise = sample_update_noise(args, run.prev_mean.shape[2], run.make_generator)
+    noise = sample_update_noise(args, run.action_dim, run.make_generator)
     window_rng = np.random.default_rng([args.seed, run.pretraining_updates, run.updates])
     batch = run.buffer.sample(window_rng.random(args.batch_size))
     if pretraining:
@@ -1174,7 +1174,10 @@ def pretrain(run: Run, controller: "RunController") -> None:
 
 
 def store_step(run: Run, envs: "Envs", action: Tensor, mean: Tensor) -> None:  # [T5]
-    """Store the transitions of a step. The next plans start from these means (E, T, A), except in new episodes."""
+    """Store the transitions of a step.
+
+    mean: (E, T, A), of the current plans. Shifted by one step, they start the next plans, except in new episodes.
+    """
     step = finish_step(run, envs)  # advances global_step and resets the environments whose episode ended
     run.buffer.add(run.obs, action, step.reward, step.terminated, step.next_obs, step.ended, step.failed)  # [T5]
     run.obs = step.obs
@@ -1182,14 +1185,14 @@ def store_step(run: Run, envs: "Envs", action: Tensor, mean: Tensor) -> None:  #
 
 
 def train(run: Run, envs: "Envs", controller: "RunController") -> int:
-    """Train until the run is done or asked to stop. Returns the exit code."""  # [T5]
+    """Train until the run is done or asked to stop. Returns the exit code."""
     args = run.args
     while True:
         # Pretrain once, after the warm-up
         if run.global_step >= args.learning_starts and run.pretraining_updates < args.learning_starts:
             pretrain(run, controller)
 
-        # Write checkpoints, evaluate and log where due. None of it changes what is learned
+        # Write checkpoints, evaluate and log when due. None of it changes what is learned
         exit_code = controller.between_steps()
         if exit_code is not None:
             return exit_code
@@ -1197,7 +1200,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         # Act: random actions in the warm-up, then the planner
         with record_function("act"):
             if run.global_step < args.learning_starts:
-                action = random_action(args, run.prev_mean.shape[2], run.make_generator("act"))  # [T5]
+                action = random_action(args, run.action_dim, run.make_generator("act"))  # [T5]
                 mean = run.prev_mean  # zeros
             else:
                 action, mean, metrics = act(  # [T5]
@@ -1206,14 +1209,14 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
                 run.accumulate_metrics(metrics)
             envs.step_async(to_host(action))
 
-        # Do the updates of this step while the simulators run, on earlier transitions
+        # While the simulators run, do the updates of this step, on the transitions stored so far
         while run.updates < updates_due(args, run.global_step + args.num_envs):
             train_step(run, pretraining=False)
 
         store_step(run, envs, action, mean)  # [T5]
 
 
-# ======== Plumbing: the machinery of a run. Nothing below is specific to BMPC. ========
+# ======== Plumbing: the machinery of a run. Nothing below depends on the algorithm. ========
 
 
 class UsageError(Exception):
@@ -1236,7 +1239,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class OutputStream:
-    """Wraps stdout or stderr. Output that nobody reads any more, as when `| tee` was killed, is discarded."""
+    """Wraps stdout or stderr. Output that nobody reads any more, for example after `| tee` was killed, is discarded."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1273,7 +1276,7 @@ class TaskInfo(NamedTuple):
 
 
 def resolve_env_id(task: str) -> str:
-    """Return the Gymnasium id of a task: that of dm_control for TD-MPC2's names, such as dog-run or cup-catch.
+    """Return the Gymnasium id of a task. TD-MPC2's names, such as dog-run or cup-catch, become ids of dm_control.
 
     Ids with a version, and `module:Id`, whose module registers the environment, are returned unchanged.
     """
@@ -1339,7 +1342,7 @@ MAX_ENV_ERRORS = 10  # this many failed episodes in a row stop the run
 class TruncateOnError(gym.Wrapper):
     """Truncate an episode if the simulator raises an exception or returns numbers that are not finite.
 
-    Resuming is exact, so without this a simulator that diverges in one episode would stop the run there at every start.
+    Resuming is exact. Without this, a simulator that diverges would stop the run at the same step at every start.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -1368,7 +1371,7 @@ class TruncateOnError(gym.Wrapper):
         return obs, reward, terminated, truncated, {}
 
 
-UNBOUNDED = 1e6  # larger bounds of an action stand for no bounds
+UNBOUNDED = 1e6  # action bounds of this size or more count as unbounded
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
@@ -1416,7 +1419,7 @@ def inspect_task(args: Args) -> TaskInfo:
 
 
 @contextlib.contextmanager
-def env_errors() -> Iterator[None]:
+def env_errors_as_run_errors() -> Iterator[None]:
     """Raise whatever goes wrong in an environment as RunError."""
     try:
         yield
@@ -1440,7 +1443,7 @@ class Envs(AsyncVectorEnv):
     environment cannot be made or reset, or if its process dies.
     """
 
-    @env_errors()
+    @env_errors_as_run_errors()
     def __init__(self, args: Args, num_envs: int, render_first: bool = False):
         self.seed = args.seed
         env_fns = [functools.partial(make_env, args, render_first and i == 0) for i in range(num_envs)]
@@ -1468,12 +1471,14 @@ class Envs(AsyncVectorEnv):
         if not mask.any():
             return obs
         seeds = [derive_seed(self.seed, *key) for key in episode_keys]
-        with env_errors():
+        with env_errors_as_run_errors():
             first_obs, _ = self.reset(seed=seeds, options={"reset_mask": mask})
         return np.where(mask[:, None], first_obs, obs)
 
-    call = env_errors()(AsyncVectorEnv.call)
-    step_async = env_errors()(AsyncVectorEnv.step_async)  # starts a step; the simulators run in the background
+    call = env_errors_as_run_errors()(AsyncVectorEnv.call)
+    step_async = env_errors_as_run_errors()(
+        AsyncVectorEnv.step_async
+    )  # starts a step; the simulators run in the background
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str | None]]:
         """Wait for the step.
@@ -1481,7 +1486,7 @@ class Envs(AsyncVectorEnv):
         Returns obs (E, O) float32, reward (E,) float64, terminated (E,), truncated (E,), and for each environment the
         error that truncated its episode, or None.
         """
-        with env_errors():
+        with env_errors_as_run_errors():
             obs, reward, terminated, truncated, infos = super().step_wait()
         errors = infos.get("env_error", [None] * self.num_envs)
         return obs, reward, terminated, truncated, list(errors)
@@ -1558,7 +1563,7 @@ def count_env_errors(run: Run) -> None:
 def check_env_errors(errors_in_a_row: int, error: str | None) -> None:
     """Raise RunError if too many episodes in a row failed."""
     if errors_in_a_row >= MAX_ENV_ERRORS:
-        raise RunError(f"{errors_in_a_row} episodes in a row failed, the last one by {error}")
+        raise RunError(f"{errors_in_a_row} episodes in a row failed, the last one with {error}")
 
 
 def start_run_episodes(run: Run, envs: Envs) -> None:
@@ -1593,9 +1598,8 @@ def replay_unfinished_episodes(run: Run, envs: Envs, obs: np.ndarray) -> np.ndar
     is_complete = buffer.episode_step <= buffer.capacity
     steps = np.where(is_complete, buffer.episode_step, 0)  # (E,) decisions to repeat
     obs = envs.start_episodes(np.ones(envs.num_envs, bool), episode_keys, obs)
-    for remaining in range(
-        steps.max(), 0, -1
-    ):  # all replays finish together; shorter ones are reset before their first step
+    # All replays end together. An environment whose replay has not begun takes zero actions, and is reset before it
+    for remaining in range(steps.max(), 0, -1):
         actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
         envs.step_async(actions * (steps >= remaining)[:, None])
         obs, _, terminated, truncated, _ = envs.step_wait()
@@ -1727,7 +1731,7 @@ def setup_torch(args: Args) -> torch.device:
     return device
 
 
-CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit the cache of a CPU
+CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit in the cache of a CPU
 
 
 def make_functions(args: Args, device: torch.device) -> Functions:
@@ -1781,7 +1785,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
 
 @contextlib.contextmanager
 def announce(activity: str) -> Iterator[None]:
-    """Print what is being done, and every ten seconds for how long, until it is finished."""
+    """Print the activity, then the seconds that it has taken, every ten seconds until it is finished."""
     print_line(f"{activity} ...")
     start = time.perf_counter()
     finished = threading.Event()
@@ -1815,7 +1819,7 @@ class CompileTimer:
         """Report the start of a compilation."""
         cls.number += 1
         cls.start = time.perf_counter()
-        cls.announcement = announce(f"compiling, part {cls.number}")
+        cls.announcement = announce(f"compiling part {cls.number}")
         cls.announcement.__enter__()
 
     @classmethod
@@ -1824,7 +1828,7 @@ class CompileTimer:
         cls.announcement.__exit__(None, None, None)
         seconds = time.perf_counter() - cls.start
         cls.seconds += seconds
-        print_line(f"compiled, part {cls.number}, in {seconds:.0f} s")
+        print_line(f"compiled part {cls.number} in {seconds:.0f} s")
 
 
 def plan_in_chunks(plan_fn: Callable[..., Plan], chunk_size: Callable[[int], int]) -> Callable[..., Plan]:
@@ -1873,12 +1877,12 @@ def start_graph_step(function: Callable) -> Callable:
 # that is resumed at s truncates its log to the entries before s, and then repeats those of s.
 
 CHECKPOINT_FORMAT = 3
-OLDER_CHECKPOINTS = "commit 1775172"  # the last one that reads and writes format 2
+FORMAT_2_COMMIT = "1775172"  # the last commit that reads and writes format 2
 EXIT_RESUMABLE = 75  # exit code of a run that was asked to stop; the same command resumes it
 
 
 def checkpoint_contents(run: Run, keep_replay: bool = True) -> dict[str, Any]:
-    """Collect everything that the future of the run depends on; without the replay buffer it cannot be continued."""
+    """Collect everything that the rest of the run depends on. Without the replay buffer, it can only be evaluated."""
     return {
         "format": CHECKPOINT_FORMAT,
         "args": dataclasses.asdict(run.args),
@@ -1936,7 +1940,7 @@ def save_checkpoint(run: Run, directory: Path, keep_replay: bool = True) -> None
     """Write checkpoint.pt. Raises RunError, and writes nothing, if a weight is not finite or the disk is full."""
     is_finite = torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])
     if not to_host(is_finite).all():
-        raise RunError("a weight is not finite; the last checkpoint was written before that")
+        raise RunError("a weight is not finite; the last checkpoint is older than that")
     contents = checkpoint_contents(run, keep_replay)
     try:
         atomic_write(directory / "checkpoint.pt", lambda file: torch.save(contents, file))
@@ -1962,7 +1966,7 @@ def read_checkpoint(directory: Path) -> dict[str, Any]:
                 raise ValueError("its checksums do not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "script" in state:  # a key of format 2
-            raise ValueError(f"it has an older format; {OLDER_CHECKPOINTS} of this project reads it")
+            raise ValueError(f"it has an older format; commit {FORMAT_2_COMMIT} of this project reads it")
         if state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"it has format {state['format']}, and this version reads format {CHECKPOINT_FORMAT}")
         unknown_args = state["args"].keys() - {field.name for field in dataclasses.fields(Args)}
@@ -2090,20 +2094,20 @@ def lock_directory(directory: Path) -> None:
 
 
 def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
-    """Raise UsageError if the run in the directory is finished, or if it has other arguments."""
+    """Raise UsageError if the run in the directory is finished, or if its arguments are different."""
     new_run = f"start a new run {'without --resume and ' if args.resume else ''}with --run-name NAME"
     old_args, new_args = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
     fixed = [name for name, metadata in field_metadata().items() if RESUMABLE not in metadata]
     changed = [f"{name} {old_args[name]} -> {new_args[name]}" for name in fixed if old_args[name] != new_args[name]]
     if changed:
-        raise UsageError(f"{directory} holds a run with other arguments ({'; '.join(changed)}); {new_run}")
+        raise UsageError(f"{directory} holds a run with different arguments ({'; '.join(changed)}); {new_run}")
     step = state["global_step"]
     finished = f"{directory} holds a finished run of {step} decisions"
     if state["buffer"] is None:
         reason = "it was finished with --no-keep-replay, so it cannot be continued"
         raise UsageError(f"{finished}; {reason}; evaluate it with --evaluate {directory}, or {new_run}")
     is_finished = (directory / "finished.json").exists()
-    # The last checkpoint of a run that was killed in its last evaluation is up to num_envs - 1 past its end
+    # A run that was killed in its last evaluation is not finished. Its checkpoint is up to num_envs - 1 past its end
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
         advice = f"continue it with more --steps, evaluate it with --evaluate {directory}, or {new_run}"
         raise UsageError(f"{finished}; {advice}")
@@ -2112,7 +2116,7 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
 def open_run_directory(args: Args) -> tuple[Path, dict[str, Any] | None]:
     """Create or reopen the run directory and lock it. Returns it, and the contents of its checkpoint if there is one.
 
-    Raises UsageError if the directory is in use, or holds a finished run or one with other arguments.
+    Raises UsageError if the directory is in use, or holds a finished run or one with different arguments.
     """
     directory = run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
@@ -2273,7 +2277,7 @@ class RunController:
             self.postfix["return"] = f"{episode_return:.1f}"
 
     def log_metrics(self) -> None:
-        """Log the means of the metrics, and the decisions per second, since the last time."""
+        """Log the means of the metrics, and the decisions per second, since they were last logged."""
         run = self.run
         values = run.mean_metrics()
         start_step, start_seconds = self.speed_start
@@ -2326,7 +2330,7 @@ def check_constraints(args: Args) -> None:
 
 
 def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
-    """Check the arguments, replace every None that follows from the task or other arguments, and inspect the task.
+    """Check the arguments, fill in those that are None and that the task or others determine, and inspect the task.
 
     Raises UsageError if an argument is not valid.
     """
@@ -2348,21 +2352,33 @@ def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
 def default_discount(args: Args, task: TaskInfo) -> float:
     """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if it has no time limit."""
     if task.episode_length is None:
-        raise UsageError(f"{args.env_id} has no time limit to compute the discount from; give --discount")
+        raise UsageError(f"{args.env_id} has no time limit, from which the discount is computed; give --discount")
     n = task.episode_length / args.discount_denom
     return min(max((n - 1) / n, args.discount_min), args.discount_max)
 
 
 def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
-    """Yield pairs of a condition that arguments and task must satisfy together, and the error if they do not."""
+    """Yield pairs (is the condition satisfied, message if not) of conditions on several arguments, or on the task."""
     T, n = args.horizon, task.episode_length
     yield args.num_bins > 1, f"--num-bins is {args.num_bins}; two-hot distributions need at least 2"
     yield args.vmin < args.vmax, f"--vmin is {args.vmin}, not below --vmax {args.vmax}"
-    yield args.log_std_min <= args.log_std_max, f"--log-std-min is {args.log_std_min}, above --log-std-max"
+    yield (
+        args.log_std_min <= args.log_std_max,
+        f"--log-std-min is {args.log_std_min}, above --log-std-max {args.log_std_max}",
+    )
     yield args.min_std <= args.max_std, f"--min-std is {args.min_std}, above --max-std {args.max_std}"
-    yield args.discount_min <= args.discount_max, f"--discount-min is {args.discount_min}, above --discount-max"
-    yield args.num_elites <= args.num_samples, f"--num-elites is {args.num_elites}, above --num-samples"
-    yield args.num_pi_trajs < args.num_samples, f"--num-pi-trajs is {args.num_pi_trajs}, not below --num-samples"
+    yield (
+        args.discount_min <= args.discount_max,
+        f"--discount-min is {args.discount_min}, above --discount-max {args.discount_max}",
+    )
+    yield (
+        args.num_elites <= args.num_samples,
+        f"--num-elites is {args.num_elites}, above --num-samples {args.num_samples}",
+    )
+    yield (
+        args.num_pi_trajs < args.num_samples,
+        f"--num-pi-trajs is {args.num_pi_trajs}, not below --num-samples {args.num_samples}",
+    )
     yield (
         args.latent_dim % args.simnorm_dim == 0,
         f"--latent-dim is {args.latent_dim}, not a multiple of --simnorm-dim {args.simnorm_dim}",
@@ -2375,7 +2391,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
         args.buffer_size // args.num_envs > T + 1,
         f"--buffer-size is {args.buffer_size}; {args.num_envs} environments need at least {args.num_envs * (T + 2)}",
     )
-    yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, less than --horizon {T}"
+    yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, fewer than --horizon {T}"
 
 
 # --- Running ----------------------------------------------------------------------------------------------------------
@@ -2401,7 +2417,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def make_eval_envs(args: Args) -> Envs:
-    """Make the environments of an evaluation: the fewest that need no more rounds of episodes than num_envs would."""
+    """Make the environments of an evaluation: as few as finish its episodes in no more rounds than num_envs would."""
     rounds = math.ceil(args.eval_episodes / args.num_envs)
     return Envs(args, math.ceil(args.eval_episodes / rounds), args.capture_video)
 
@@ -2428,7 +2444,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         eval_envs = stack.enter_context(make_eval_envs(args)) if args.eval_freq else None
         device = setup_torch(args)
         if device.type == "cpu" and args.preset == "full":
-            print_line("no GPU found: a full-size run takes days on a CPU; --preset small is made for one")
+            print_line("a full-size run takes days on a CPU; --preset small is made for a CPU")
         directory, state = open_run_directory(args)
         print_line(f"{directory}, on {device}")
         run = Run(args, task, device)
@@ -2443,7 +2459,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
             logger = MetricsLogger(directory, args, run.global_step)
             return train(run, envs, RunController(run, eval_envs, logger, stop_signals, directory))
         except Exception as e:
-            return explain_failure(run, e, stop_signals, directory)
+            return raise_with_step(run, e, stop_signals, directory)
 
 
 def profile(path: Path) -> torch.profiler.profile:
@@ -2451,8 +2467,8 @@ def profile(path: Path) -> torch.profiler.profile:
     return torch.profiler.profile(on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
-def explain_failure(run: Run, error: Exception, stop_signals: list[int], directory: Path) -> int:
-    """Raise the error with the step it occurred at. Returns the exit code if a stop signal caused it.
+def raise_with_step(run: Run, error: Exception, stop_signals: list[int], directory: Path) -> int:
+    """Raise the error again, with the step it occurred at. If a stop signal caused it, return the exit code instead.
 
     The traceback of an unexpected error is written to error.txt.
     """

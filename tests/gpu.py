@@ -26,9 +26,8 @@ import torch
 from throughput import TWO_HEADS, TWO_POLICIES, Bench, bmpc
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"bmpc": {}, "bmpc_multihead": TWO_HEADS, "bmpc_dual_policy": TWO_POLICIES}
-SHORT = "--task cartpole-swingup --learning-starts 40 --batch-size 16 --reanalyze-batch-size 4 --eval-freq 0"
-SHORT += " --log-freq 20"
+SCRIPTS = {"bmpc": {}, "bmpc_multihead": TWO_HEADS, "bmpc_dual_policy": TWO_POLICIES, "tdmpc2": {}}
+SHORT = "--task cartpole-swingup --learning-starts 40 --batch-size 16 --eval-freq 0 --log-freq 20"
 SMALL = "--num-envs 1 --enc-dim 16 --mlp-dim 16 --latent-dim 16 --num-samples 16 --num-elites 4 --num-pi-trajs 2"
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
@@ -53,18 +52,18 @@ def check_waits(options):
     set_sync_debug_mode = torch.cuda.set_sync_debug_mode if bench.device.type == "cuda" else lambda mode: None
     for name, changes in SCRIPTS.items():
         script = getattr(throughput, name)
-        run, _ = bench.make(script, "eager", reanalyze_interval=2, **changes)
+        run, _ = bench.make(script, "eager", **({} if name == "tdmpc2" else {"reanalyze_interval": 2}), **changes)
         rows = np.zeros(run.args.num_envs, np.float32)
         for mode in ("default", "error"):  # the first pass allocates the state of Adam and the workspaces of cuBLAS
             set_sync_debug_mode(mode)
-            action, expert, _, metrics = script.act(
+            *transition, _, metrics = script.act(  # the action, and its expert (not in tdmpc2.py)
                 run.functions.plan, run.model, run.obs, run.prev_mean, run.args, run.make_generator
             )
             run.accumulate_metrics(metrics)
             reward = script.to_device(rows, bench.device)
-            run.buffer.add(run.obs, action, expert, reward, reward, run.obs, rows > 0, rows > 0)
+            run.buffer.add(run.obs, *transition, reward, reward, run.obs, rows > 0, rows > 0)
             script.train_step(run, pretraining=False)
-            script.train_step(run, pretraining=False)  # with reanalyze
+            script.train_step(run, pretraining=False)  # with reanalyze (not in tdmpc2.py)
         set_sync_debug_mode("default")
         print_now(f"waits: none in {name}")
 
@@ -78,7 +77,8 @@ def check_runs(options):
         for stops in [[80], [60, 80]] if name == "bmpc" else [[80]]:
             with tempfile.TemporaryDirectory() as cwd:
                 for steps in stops:
-                    code, text = run_script(name, cwd, *argv, f"--steps={steps}", *runs.words(flags))
+                    reanalyze = [] if name == "tdmpc2" else ["--reanalyze-batch-size=4"]
+                    code, text = run_script(name, cwd, *argv, f"--steps={steps}", *reanalyze, *runs.words(flags))
                     if code:
                         raise SystemExit(f"{name} failed with code {code}:\n{text}")
                 results.append(runs.numbers(cwd))

@@ -139,7 +139,7 @@ def test_messages_that_are_named_are_printed():
     messages = re.findall(r"^\| `([^`]+)`", section("Troubleshooting"), re.M)
     ours = [message for message in messages if message != "ensurepip is not available"]  # Python's
     assert len(ours) >= 5 and all(message in SOURCE for message in ours)
-    assert f"only {bmpc.OLDER_CHECKPOINTS} reads checkpoints of format {bmpc.CHECKPOINT_FORMAT - 1}" in TEXT
+    assert f"only {bmpc.FORMAT_2_COMMIT} reads checkpoints of format {bmpc.CHECKPOINT_FORMAT - 1}" in TEXT
 
 
 def test_signals_and_exit_codes():

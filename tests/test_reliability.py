@@ -297,7 +297,7 @@ def test_which_arguments_may_change_in_a_resumed_run(resumable, monkeypatch):
     state = checkpoint(resumable)
     for flags in (SAME_FLAGS, ["--resume", path]):
         for name, flag in OTHER_FLAGS.items():
-            with pytest.raises(bmpc.UsageError, match=rf"other arguments .*{name} .*--run-name"):
+            with pytest.raises(bmpc.UsageError, match=rf"different arguments .*{name} .*--run-name"):
                 open_run(resumable, monkeypatch, *flags, flag)
     del state["args"]["preset"]  # as if the flag did not exist when the run was started
     torch.save(state, path / "checkpoint.pt")

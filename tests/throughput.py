@@ -31,6 +31,7 @@ import torch  # noqa: E402
 import bmpc  # noqa: E402
 import bmpc_dual_policy  # noqa: E402
 import bmpc_multihead  # noqa: E402
+import tdmpc2  # noqa: E402
 
 TASK = bmpc.TaskInfo(223, 38, 500)  # dog-run
 TINY = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_samples=32, num_elites=8)
@@ -110,15 +111,17 @@ class Bench:
             sizes |= TINY
         sizes |= changes
         sizes |= dict(compile=mode in ("compiled", "captured"), cudagraphs=mode == "captured")
-        reanalyze = dict(reanalyze_horizon=3, reanalyze_log_std_min=-5.0, reanalyze_log_std_max=1.0)
-        args = script.Args(action_repeat=2, discount=0.99, buffer_size=20_000, **reanalyze, **sizes)
+        if script is not tdmpc2:
+            sizes |= dict(reanalyze_horizon=3, reanalyze_log_std_min=-5.0, reanalyze_log_std_max=1.0)
+        args = script.Args(action_repeat=2, discount=0.99, buffer_size=20_000, **sizes)
         run = script.Run(args, TASK, self.device)
         E = args.num_envs
         random = lambda *shape: torch.rand(E, *shape, device=self.device)
         for _ in range(100):
-            action, expert = script.random_action(args, TASK.action_dim, run.make_generator("act"))
+            action = script.random_action(args, TASK.action_dim, run.make_generator("act"))
+            transition = [action] if script is tdmpc2 else [*action]  # the action, and its expert
             obs = random(TASK.obs_dim)
-            run.buffer.add(obs, action, expert, random(), 0 * random(), obs, np.zeros(E, bool), np.zeros(E, bool))
+            run.buffer.add(obs, *transition, random(), 0 * random(), obs, np.zeros(E, bool), np.zeros(E, bool))
         return run, plain.plan if mode == "plain" else run.functions.plan
 
 
@@ -131,6 +134,13 @@ def bench_act(bench, mode):
         run, plan = bench.make(script, mode, **changes)
         act = lambda: script.act(plan, run.model, run.obs, run.prev_mean, run.args, run.make_generator)
         bench.time(name, mode, act, plans * flops(run.args)["plan"])
+    if mode != "plain":
+        run, plan = bench.make(tdmpc2, mode)
+        bench.time(
+            "act, tdmpc2.py",
+            mode,
+            lambda: tdmpc2.act(plan, run.model, run.obs, run.prev_mean, run.args, run.make_generator),
+        )
 
 
 def bench_reanalyze(bench, mode):
@@ -153,6 +163,8 @@ def bench_update(bench, mode):
         run, _ = bench.make(script, mode, reanalyze_interval=0, **changes)
         updates = lambda: [script.train_step(run, pretraining=False) for _ in range(count)]
         bench.time(name, mode, updates, count * flops(run.args)["update"])
+    run, _ = bench.make(tdmpc2, mode)
+    bench.time("update, tdmpc2.py", mode, lambda: tdmpc2.train_step(run, pretraining=False))
 
 
 def bench_sample(bench, mode):
