@@ -148,7 +148,7 @@ class Args:
     """decisions between two checkpoints; 0: only when the run starts, ends or is stopped"""
     keep_replay: Resumable[bool] = True
     """keep the replay buffer in the checkpoint of a finished run (some 450 MB for dog-run); off: delete it when the run
-    finishes, so that the run can be evaluated but not continued"""
+    finishes; the run can then be evaluated but not continued"""
     resume: Resumable[str] = ""
     """RUN_DIR: resume the run in this directory, with its arguments as defaults"""
     evaluate: Resumable[str] = ""
@@ -190,11 +190,11 @@ class Args:
     buffer_size: PositiveInt = 1_000_000
     """maximum number of transitions in the replay buffer; it never allocates more than the run needs"""
     lr: PositiveFloat = 3e-4
-    """learning rate of the world model and the policy"""
+    """learning rate of the world model, the value heads and the policy"""
     enc_lr_scale: PositiveFloat = 1.0
     """factor on the learning rate of the encoder (official, TD-MPC2: 0.3)"""
     grad_clip_norm: PositiveFloat = 20.0
-    """maximum norm of the gradient, of the world model and of the policy separately"""
+    """maximum norm of the gradient: of world model and value heads together, and of the policy"""
     tau: UnitFloat = 0.01
     """step size of the target value heads, an exponential moving average (EMA) of the value heads"""
     rho: PositiveFloat = 0.5
@@ -748,7 +748,7 @@ def run_planner(
 
 
 def planner_rollouts_per_state(args: Args) -> int:
-    """Return an upper bound on the rollouts per state in one MPPI iteration. On a CPU, it limits the size of chunks."""
+    """Return an upper bound on the rollouts per state in one MPPI iteration. chunk_size uses it to plan faster."""
     return args.num_samples
 
 
@@ -1036,7 +1036,7 @@ class ReplayBuffer:
 
         obs and next_obs: (E, O); action: (E, A); expert: (E, A); reward and terminated: (E,);
         ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
-        simulator failed, so that the row is not a transition.
+        simulator failed, so the row is not a transition.
         """
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
@@ -1083,7 +1083,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state into an empty buffer of the same size."""
+        """Restore a state into an empty buffer, which may be larger if total_timesteps has grown since."""
         self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
         self.valid_start[: self.step] = state["valid_start"]
@@ -1235,7 +1235,7 @@ class Run:
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise RunError(f"{name} is not finite; the last checkpoint is older than that")
+                raise RunError(f"{name} is not finite; the last checkpoint was written before this happened")
         return means
 
 
@@ -1315,7 +1315,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         store_step(run, envs, action, expert, mean)
 
 
-# ======== Plumbing: the machinery of a run. Nothing below depends on the algorithm. ========
+# ======== Plumbing: the machinery of a run. How the agent plans and learns is all above. ========
 
 
 class UsageError(Exception):
@@ -1441,7 +1441,7 @@ MAX_ENV_ERRORS = 10  # this many failed episodes in a row stop the run
 class TruncateOnError(gym.Wrapper):
     """Truncate an episode if the simulator raises an exception or returns numbers that are not finite.
 
-    Resuming is exact. Without this, a simulator that diverges would stop the run at the same step at every start.
+    Since resuming is exact, a run whose simulator diverges would otherwise stop at the same step at every start.
     """
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -1618,7 +1618,7 @@ class EnvStep(NamedTuple):
     reward: Tensor  # (E,)
     terminated: Tensor  # (E,) 1 or 0
     ended: np.ndarray  # (E,) bool, on the host: terminated or truncated
-    failed: np.ndarray  # (E,) bool, on the host: truncated by an error of the simulator, the step does not count
+    failed: np.ndarray  # (E,) bool, on the host: truncated by a simulator error; the step does not count
     obs: Tensor  # (E, O) observation to act on next: next_obs, or the first observation of a new episode
     continues: Tensor  # (E,) not ended, as 1 or 0
 
@@ -1870,7 +1870,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
     on_cuda = device.type == "cuda"
     options = {
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
-        "comprehensive_padding": False,  # padded outputs would be copied, in a launch each
+        "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -2039,7 +2039,7 @@ def save_checkpoint(run: Run, directory: Path, keep_replay: bool = True) -> None
     """Write checkpoint.pt. Raises RunError, and writes nothing, if a weight is not finite or the disk is full."""
     is_finite = torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])
     if not to_host(is_finite).all():
-        raise RunError("a weight is not finite; the last checkpoint is older than that")
+        raise RunError("a weight is not finite; the last checkpoint was written before this happened")
     contents = checkpoint_contents(run, keep_replay)
     try:
         atomic_write(directory / "checkpoint.pt", lambda file: torch.save(contents, file))
@@ -2451,7 +2451,7 @@ def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
 def default_discount(args: Args, task: TaskInfo) -> float:
     """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if it has no time limit."""
     if task.episode_length is None:
-        raise UsageError(f"{args.env_id} has no time limit, from which the discount is computed; give --discount")
+        raise UsageError(f"{args.env_id} has no time limit to compute the discount from; give --discount")
     n = task.episode_length / args.discount_denom
     return min(max((n - 1) / n, args.discount_min), args.discount_max)
 

@@ -139,7 +139,7 @@ def test_messages_that_are_named_are_printed():
     messages = re.findall(r"^\| `([^`]+)`", section("Troubleshooting"), re.M)
     ours = [message for message in messages if message != "ensurepip is not available"]  # Python's
     assert len(ours) >= 5 and all(message in SOURCE for message in ours)
-    assert f"only {bmpc.FORMAT_2_COMMIT} reads checkpoints of format {bmpc.CHECKPOINT_FORMAT - 1}" in TEXT
+    assert f"only commit {bmpc.FORMAT_2_COMMIT} reads checkpoints of format {bmpc.CHECKPOINT_FORMAT - 1}" in TEXT
 
 
 def test_signals_and_exit_codes():
@@ -164,12 +164,12 @@ def test_what_the_two_commands_reach():
         rows = list(csv.DictReader(path.read_text().splitlines()))
         assert int(rows[-1]["global_step"]) == bmpc.PRESETS["small"]["total_timesteps"]
         last.append(round(float(rows[-1]["planner_return"])))
-    assert "ended at returns of {}, {} and {};".format(*last) in TEXT
+    assert "our three seeds: {}, {} and {} of 1 000".format(*last) in TEXT
     published = csv.DictReader((ROOT / "results" / "published" / "dmc.csv").read_text().splitlines())
     env_steps = str(2 * bmpc.Args().total_timesteps)
     point = ("BMPC", bmpc.Args().env_id, env_steps)
     (mean,) = [row["mean"] for row in published if (row["algorithm"], row["task"], row["env_steps"]) == point]
-    assert f"a mean return of {float(mean):.0f} for a run of this length" in TEXT
+    assert f"published curve is at {float(mean):.0f} after as many env steps" in TEXT
 
 
 def test_the_disk_that_a_run_takes():

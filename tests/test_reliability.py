@@ -239,7 +239,7 @@ def test_compiled_runs_resume_exactly(tmp_path):
     reference_run = compiled_run(uninterrupted)
     run = compiled_run(killed, ("strike", "SIGKILL", "reanalyze", 3))
     assert reference_run.code == 0 and run.code == -signal.SIGKILL and gone(run), run
-    parts = re.findall(r"^(compiling|compiled), part (\d+)(?: \.\.\.|, in \d+ s)$", run.said(), re.M)
+    parts = re.findall(r"^(compiling|compiled) part (\d+)(?: \.\.\.| in \d+ s)$", run.said(), re.M)
     numbers_of_parts = range(1, len(parts) // 2 + 1)
     assert parts and parts == [(word, str(n)) for n in numbers_of_parts for word in ("compiling", "compiled")]
     run = compiled_run(killed, function="policy_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")  # not in the cache
@@ -361,7 +361,7 @@ def test_runs_resume_after_full_disks_and_killed_workers(reference, tmp_path):
 
 
 FAILURES = {
-    "ToyBroken": "10 episodes in a row failed, the last one by RuntimeError: this simulator fails",
+    "ToyBroken": "10 episodes in a row failed, the last one with RuntimeError: this simulator fails",
     "ToyUnmade": "the process of an environment died",
     "ToyRender --eval-freq 20 --capture-video": "step 20: the process of an environment died",
     "ToyTerminates --no-episodic": "ended an episode by termination; start a new run with --episodic",

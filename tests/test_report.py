@@ -558,7 +558,8 @@ def test_results_readme_has_the_numbers_of_the_plan_s_questions():
     percent = lambda one: one.of_area.replace(" ", " % ", 1)
     one = utd["utd_ratio_4"]
     assert f"{percent(one)} of the baseline's area, p {one.p:.2g}." in text
-    assert f"({one.base.mean() - one.learned:.0f} of {one.base.mean():.0f})" in text
+    level = f"{one.base.mean() - one.learned:.0f} of the baseline's {one.base.mean():.0f} is the return already reached"
+    assert level in text
     assert f"the difference is {one.of_learned.replace(' ', ' % ', 1)}." in text
     one = dual["dual_policy"]
     low, high = one.simultaneous
@@ -568,11 +569,11 @@ def test_results_readme_has_the_numbers_of_the_plan_s_questions():
     assert low > 0 and 1.9 < utd["utd_ratio_2"].values.std(ddof=1) / utd["utd_ratio_2"].base.std(ddof=1) < 2.1
     excluding = [one for one in answers()["2b"].differences[PRIMARY].values() if one.low > 0]
     assert len(excluding) == 2 and min(one.p for one in excluding) > 0.05
-    assert f"{percent(answers()['3a'].differences[PRIMARY]['combined'])} for ten against ten." in text
+    assert f"{percent(answers()['3a'].differences[PRIMARY]['combined'])} for ten against ten," in text
     runs = [*exported("ablations"), *exported("3a_combined")]
     for own, base, form in (
         ("combined", "utd_ratio_4", "it is {}, p {:.2f}:"),
-        ("dual_policy", "std_coef_1__local_bootstrap_on", "the second policy adds {}, p {:.2f}."),
+        ("dual_policy", "std_coef_1__local_bootstrap_on", "the second policy changes the area by {}, p {:.2f}."),
     ):
         one = comparison.welch(*(comparison.measured(of(runs, c), *comparison.MEASURES[PRIMARY]) for c in (own, base)))
         assert form.format(percent(one), one.p) in text
@@ -586,10 +587,13 @@ def test_both_readmes_say_what_equal_compute_gives():
     at_end = [np.mean([run.curve()[-1, 1] for run in side]) for side in (own, base)]
     one = comparison.welch(*(comparison.measured(side, comparison.area_under_curve) for side in (own, base)))
     share = f"{-one.percent(one.interval[0]):.0f} % lower"
-    assert "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end) in results_readme()
+    text = results_readme().replace(" between evaluations)", ")")
+    assert "has a return of {:.0f} (interpolated) where the baseline has {:.0f}".format(*at_end) in text
     assert f"{share} ({one.of_area.replace(' ', ' % ', 1)})" in results_readme()
     readme = re.sub(r"\s+", " ", README)
-    assert "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end) in readme and share in readme
+    assert "has a return of {:.0f} (interpolated) where the baseline has {:.0f}".format(*at_end) in readme
+    low, high = (-one.percent(x) for x in one.interval[1:])
+    assert f"{-one.percent(one.interval[0]):.1f} % [{high:.1f}, {low:.1f}] lower" in readme
 
 
 def test_both_readmes_say_how_wide_parity_is():
@@ -602,7 +606,8 @@ def test_both_readmes_say_how_wide_parity_is():
         one = comparison.welch(comparison.measured(runs, comparison.final_return), theirs)
         sentence = "{:+.1f} with a 95 % interval of [{:+.1f}, {:+.1f}]".format(*one.interval)
         assert report.spread(one.values) in text and (sentence if name == "parity" else f"{one} to their three") in text
-        assert name != "parity" or sentence in re.sub(r"\s+", " ", README)
+        short = sentence.replace("with a 95 % interval of ", "")
+        assert name != "parity" or short in re.sub(r"\s+", " ", README)
     for task, name in (("cartpole-swingup", "parity"), ("cartpole-swingup", "baseline"), ("finger-spin", "baseline")):
         ours = comparison.measured([run for run in exported(name) if run.task == task], comparison.final_return)
         half = comparison.half_interval(ours) * math.sqrt(len(ours) + 1)  # of a further seed
@@ -614,8 +619,8 @@ def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
     twin, base = of(runs, comparison.REPEATED_BASELINE), of(runs, "baseline")
     sides = (base, [run for run in base if run.seed <= 8])
     total, same_seeds = (run_files.speeds(twin).mean() / run_files.speeds(side).mean() for side in sides)
-    assert f"ran at × {total:.2f} of its decisions a second" in results_readme()
-    assert f"× {same_seeds:.2f} of those of its own eight seeds" in results_readme()
+    assert f"ran at × {total:.2f} of the speed of all {len(base)} seeds" in results_readme()
+    assert f"at × {same_seeds:.2f} of that of the same eight seeds" in results_readme()
     assert comparison.relative_speed(twin, base) == ""
 
 
