@@ -361,7 +361,7 @@ def resolve_algorithm_args(args: Args) -> Args:
 
 
 def check_algorithm_args(args: Args) -> Iterable[tuple[bool, str]]:
-    """Yield pairs (is the condition satisfied, message if not) of conditions on several resolved arguments."""
+    """Yield a pair (is it satisfied, message if not) for each condition on several resolved arguments."""
     low, high = args.reanalyze_log_std_min, args.reanalyze_log_std_max
     yield low <= high, f"--reanalyze-log-std-min is {low}, above --reanalyze-log-std-max {high}"
     yield (
@@ -538,7 +538,7 @@ class MLP(nn.Module):
         return torch.cat(outputs)
 
     def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice | Tensor) -> Tensor:
-        """Apply some of the heads at once, given by a slice or by their indices."""
+        """Apply some of the heads at once, given by a slice or (in tdmpc2.py) by their indices."""
         first, *others = self.layers
         x = first(x, a, heads, dropout_mask)
         for layer in others:
@@ -808,7 +808,10 @@ def run_planner(
 
 
 def planner_rollouts_per_state(args: Args) -> int:
-    """Return an upper bound on the rollouts per state in one MPPI iteration. chunk_size uses it to plan faster."""
+    """Return an upper bound on the rollouts per state in one MPPI iteration.
+
+    On a CPU, chunk_size derives from it how many states to plan for at once, so that their activations fit the cache.
+    """
     return args.num_samples * args.planner_num_dynamics_heads  # [V2]
 
 
@@ -2223,7 +2226,7 @@ class MetricsLogger:
             self.tensorboard.add_scalar(tag, value, step)
 
     def flush(self) -> None:
-        """Flush everything to disk. Checkpoints are written after the log entries of earlier steps."""
+        """Flush the log to disk. Called before a checkpoint is written, so that no entry of an earlier step is lost."""
         os.fsync(self.file.fileno())
         self.tensorboard.flush()
 
@@ -2287,7 +2290,8 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
         reason = "it was finished with --no-keep-replay, so it cannot be continued"
         raise UsageError(f"{finished}; {reason}; evaluate it with --evaluate {directory}, or {new_run}")
     is_finished = (directory / "finished.json").exists()
-    # A run that was killed in its last evaluation is not finished. Its checkpoint is up to num_envs - 1 past its end
+    # A run that was killed in its last evaluation is not finished: its checkpoint, up to num_envs - 1 decisions past
+    # the end, is resumed and evaluated. One that is further past the end was stopped later than the --steps given now
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
         advice = f"continue it with more --steps, evaluate it with --evaluate {directory}, or {new_run}"
         raise UsageError(f"{finished}; {advice}")
@@ -2538,7 +2542,7 @@ def default_discount(args: Args, task: TaskInfo) -> float:
 
 
 def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
-    """Yield pairs (is the condition satisfied, message if not) of conditions on several arguments, or on the task."""
+    """Yield a pair (is it satisfied, message if not) for each condition on several arguments, or on the task."""
     T, n = args.horizon, task.episode_length
     yield args.num_bins > 1, f"--num-bins is {args.num_bins}; two-hot distributions need at least 2"
     yield args.vmin < args.vmax, f"--vmin is {args.vmin}, not below --vmax {args.vmax}"
@@ -2568,7 +2572,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
         f"--learning-starts is {args.learning_starts}; the first window of {T} decisions needs {args.num_envs * T}",
     )
     yield (
-        args.buffer_size // args.num_envs > T + 1,
+        args.buffer_size // args.num_envs >= T + 2,  # three windows for each environment
         f"--buffer-size is {args.buffer_size}; {args.num_envs} environments need at least {args.num_envs * (T + 2)}",
     )
     yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, fewer than --horizon {T}"

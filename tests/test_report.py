@@ -558,7 +558,9 @@ def test_results_readme_has_the_numbers_of_the_plan_s_questions():
     percent = lambda one: one.of_area.replace(" ", " % ", 1)
     one = utd["utd_ratio_4"]
     assert f"{percent(one)} of the baseline's area, p {one.p:.2g}." in text
-    level = f"{one.base.mean() - one.learned:.0f} of the baseline's {one.base.mean():.0f} is the return already reached"
+    level = (
+        f"{one.base.mean():.0f} (a mean return), {one.base.mean() - one.learned:.0f} is reached at the first evaluation"
+    )
     assert level in text
     assert f"the difference is {one.of_learned.replace(' ', ' % ', 1)}." in text
     one = dual["dual_policy"]
@@ -619,8 +621,8 @@ def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
     twin, base = of(runs, comparison.REPEATED_BASELINE), of(runs, "baseline")
     sides = (base, [run for run in base if run.seed <= 8])
     total, same_seeds = (run_files.speeds(twin).mean() / run_files.speeds(side).mean() for side in sides)
-    assert f"ran at × {total:.2f} of the speed of all {len(base)} seeds" in results_readme()
-    assert f"at × {same_seeds:.2f} of that of the same eight seeds" in results_readme()
+    assert f"ran at {total:.2f} of the speed of all {len(base)} seeds" in results_readme()
+    assert f"at {same_seeds:.2f} of that of the same eight seeds" in results_readme()
     assert comparison.relative_speed(twin, base) == ""
 
 
