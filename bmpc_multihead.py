@@ -2325,7 +2325,8 @@ def record_start(path: Path) -> None:
             path.rename(damaged_path)
             print_line(f"warning: {path} is damaged; it was renamed to {damaged_path.name}", sys.stderr)
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
-    start |= {package.name: package.version for package in importlib.metadata.distributions()}
+    packages = (package.metadata for package in importlib.metadata.distributions())  # reads each file once
+    start |= {metadata["Name"]: metadata["Version"] for metadata in packages}
     start |= {"python": sys.version.split()[0], "git_commit": git_commit(Path(__file__).parent)}
     write_json(path, [*starts, start])
 
@@ -2494,7 +2495,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     defaults = PRESETS[args.preset]
     if directory := args.evaluate or args.resume:
         defaults = read_checkpoint(checkpoint_directory(directory))["args"] | {"resume": "", "evaluate": ""}
-    args = tyro.cli(Args, args=argv, default=Args(**defaults))
+    if defaults:
+        args = tyro.cli(Args, args=argv, default=Args(**defaults))
     paths = {name: str(checkpoint_directory(path)) for name in ("resume", "evaluate") if (path := getattr(args, name))}
     return dataclasses.replace(args, **paths)
 

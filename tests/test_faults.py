@@ -315,7 +315,7 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it(tmp_path):
     assert any("checkpoint at" in line for line in process.stdout)
     process.send_signal(signal.SIGHUP)
     assert process.wait(runs.PATIENCE) == bmpc.EXIT_RESUMABLE
-    process = subprocess.Popen(["nohup", *command("--steps", 400, "--run-name", "nohup")], **options)
+    process = subprocess.Popen(["nohup", *command("--steps", 80, "--run-name", "nohup")], **options)
     assert any("checkpoint at" in line for line in process.stdout)
     process.send_signal(signal.SIGHUP)
     assert process.wait(runs.PATIENCE) == 0

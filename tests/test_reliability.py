@@ -383,23 +383,33 @@ def test_error_messages_of_simulators_and_models(tmp_path, command):
 
 OUTPUT_FLAGS = {
     "none": "--eval-freq 0 --log-freq 0 --checkpoint-freq 0",
-    "frequent": "--eval-freq 60 --eval-episodes 3 --log-freq 1 --checkpoint-freq 2 --capture-video --profile",
+    "frequent": "--eval-freq 60 --eval-episodes 3 --log-freq 1 --checkpoint-freq 2 --capture-video",
 }
 
 
 COUNTERS = "global_step pretraining_updates updates obs prev_mean episode episode_return finished_episodes".split()
 
 
+def state(cwd):
+    return [checkpoint(cwd)[name] for name in ("model", "optimizers", "buffer", *COUNTERS)]
+
+
 def test_output_flags_do_not_change_training(reference, tmp_path):
-    state = lambda cwd: [checkpoint(cwd)[name] for name in ("model", "optimizers", "buffer", *COUNTERS)]
     returns = lambda cwd: [row for row in numbers(cwd) if "charts/episodic" in row[2]]
     make_run = lambda name: finish(tmp_path / name, *RUN, *OUTPUT_FLAGS[name].split(), fresh=name == "frequent")
     for run in parallel_map(make_run, OUTPUT_FLAGS):
         assert run.code == 0 and differences(state(reference), state(run.cwd)) == [], run
         assert returns(reference) == returns(run.cwd) and len(returns(run.cwd)) == 8
-    assert list(tmp_path.rglob("trace.json"))
     if ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa"):
         assert {path.name for path in tmp_path.rglob("*.mp4")} == {"60.mp4", "90.mp4"}
+
+
+def test_a_profile_does_not_change_training(tmp_path):
+    for name, flags in (("plain", []), ("profiled", ["--profile"])):
+        run = finish(tmp_path / name, *TOY, "--steps", 20, *flags, task="toy:Toy-v0", fresh=bool(flags))
+        assert run.code == 0, run
+    assert differences(state(tmp_path / "plain"), state(tmp_path / "profiled")) == []
+    assert list(tmp_path.glob("profiled/runs/*/trace.json"))
 
 
 def test_evaluating_a_checkpoint(reference):
