@@ -17,8 +17,9 @@ from bmpc.py are marked in the code. [V1] to [V8] are those of bmpc_multihead.py
     [V7] A metric: how much the dynamics heads disagree about the last latent state of a rollout; logged if H > 1.
     [V8] Optional: the learning rates of the dynamics and value heads depend on H and Q.
 
-Without --dual-policy-enabled, this script computes the same numbers as bmpc_multihead.py. With it (how optimistic and
-pessimistic the policies are depends on their coefficients of the std; both default to 0, which is neutral):
+Without --dual-policy-enabled, this script computes the same numbers as bmpc_multihead.py. How optimistic and
+pessimistic the policies are depends on planner_value_std_coef_train and policy_value_std_coef; both default to 0, which
+is neutral.
 
     [V9] Flags, and their checks.
     [V10] A second, optimistic policy with its own weights, EMA copy and KL scale.
@@ -43,7 +44,7 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     B  windows in a batch             O  observation
     T  horizon                        A  action
     E  parallel environments          L  latent state
-    S  states planned at once         K  bins of a two-hot distribution
+    S  states planned for at once     K  bins of a two-hot distribution
     N  candidate action sequences     Q  value heads
     P  of them from the policy        H  dynamics heads
     R  imagined rollouts per state    C  capacity of the replay buffer, in vector steps
@@ -851,7 +852,7 @@ def run_planner(
 def planner_rollouts_per_state(args: Args) -> int:
     """Return an upper bound on the rollouts per state in one MPPI iteration.
 
-    On a CPU, chunk_size derives from it how many states to plan for at once, so that their activations fit the cache.
+    On a CPU, chunk_size derives from it how many states to plan for at once: as many as fit in the cache.
     """
     return args.num_samples * args.planner_num_dynamics_heads  # [V2]
 
@@ -1014,10 +1015,10 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Return the new running scale of x, from the old one and x (B,) at t = 0. BMPC scales the KL, TD-MPC2 Q-values.
+    """Return the new running scale of x, from the old one and x (B,) at t = 0.
 
-    It is a moving average, with step size 0.01, of the range from the 5th to the 95th percentile. Ranges below 1 count
-    as 1.
+    BMPC scales the KL, and TD-MPC2 the Q-values. The scale is a moving average, with step size 0.01, of the range from
+    the 5th to the 95th percentile. Ranges below 1 count as 1.
     """
     x = x.detach().sort().values
 
@@ -1359,7 +1360,8 @@ def reanalyze(
         )
         new_expert = join_experts(new_expert, make_expert(optimistic, optimistic.elite_action, args))
 
-    # Read the experts back, so that rows that occur in several windows have the same expert in batch and buffer
+    # Read the experts back, so that a row that occurs in several of these windows has the same expert in all of them,
+    # and in the buffer. The other windows keep the experts that they were sampled with
     buffer.replace_experts(index, new_expert)
     stored_rows = buffer.rows.flatten(0, 1)[batch.index[:, :W]]
     for used, stored in zip(batch.expert, buffer.split_rows(stored_rows).expert, strict=True):
@@ -1415,7 +1417,7 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # Pretraining and later updates share some names. If an interval has both, the later updates are logged
+        # Where pretraining and later updates have different sets of names, the later ones count for the names of both
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
@@ -1819,7 +1821,7 @@ def finish_step(run: Run, envs: Envs) -> EnvStep:
     run.episode_return += torch.from_numpy(reward)
     ended = terminated | truncated
     failed = np.array([error is not None for error in errors])
-    lengths = run.buffer.episode_step + ~failed
+    lengths = run.buffer.episode_step + ~failed  # the buffer does not yet count this step
     run.finished_episodes = []
     for i in np.flatnonzero(ended).tolist():
         episode = FinishedEpisode(i, int(run.episode[i]), float(run.episode_return[i]), int(lengths[i]), errors[i])
@@ -1882,7 +1884,8 @@ def replay_unfinished_episodes(run: Run, envs: Envs, obs: np.ndarray) -> np.ndar
     is_complete = buffer.episode_step <= buffer.capacity
     steps = np.where(is_complete, buffer.episode_step, 0)  # (E,) decisions to repeat
     obs = envs.start_episodes(np.ones(envs.num_envs, bool), episode_keys, obs)
-    # All replays end together. An environment whose replay has not begun takes zero actions, and is reset before it
+    # All replays end together, so shorter ones begin later. Until then, their environments take zero actions; each is
+    # reset when its replay begins
     for remaining in range(steps.max(), 0, -1):
         actions = to_host(buffer.split_rows(buffer.rows[(buffer.step - remaining) % buffer.capacity]).action)
         envs.step_async(actions * (steps >= remaining)[:, None])
@@ -2392,7 +2395,8 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
         raise UsageError(f"{finished}; {reason}; evaluate it with --evaluate {directory}, or {new_run}")
     is_finished = (directory / "finished.json").exists()
     # A run that was killed in its last evaluation is not finished: its checkpoint, up to num_envs - 1 decisions past
-    # the end, is resumed and evaluated. One that is further past the end was stopped later than the --steps given now
+    # the end, is resumed and evaluated. A run that is further past the end has made more decisions than the --steps
+    # that are given now, so it counts as finished
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
         advice = f"continue it with more --steps, evaluate it with --evaluate {directory}, or {new_run}"
         raise UsageError(f"{finished}; {advice}")
@@ -2571,7 +2575,7 @@ class RunController:
             values["charts/SPS"] = (run.global_step - start_step) / (run.training_seconds - start_seconds)
         self.logger.add(run.global_step, values)
         run.metrics.clear()
-        self.restart_speed()
+        self.speed_start = (run.global_step, run.training_seconds)
 
 
 # --- Arguments and their checks ---------------------------------------------------------------------------------------
@@ -2704,7 +2708,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def make_eval_envs(args: Args) -> Envs:
-    """Make the environments of an evaluation: as few as finish its episodes in no more rounds than num_envs would."""
+    """Make the environments for evaluations: the smallest number that needs as few rounds of episodes as num_envs."""
     rounds = math.ceil(args.eval_episodes / args.num_envs)
     return Envs(args, math.ceil(args.eval_episodes / rounds), args.capture_video)
 

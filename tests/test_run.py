@@ -4,6 +4,7 @@ import json
 import math
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,6 +143,29 @@ def test_mean_metrics_and_values_that_are_not_finite(tmp_path):
     with pytest.raises(bmpc.RunError, match="a weight is not finite"):
         bmpc.save_checkpoint(run, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_seconds_are_those_of_acting_and_learning(tmp_path, monkeypatch):
+    """On a clock that a step, a checkpoint and an evaluation advance by 1, 10 and 100 seconds."""
+    clock = SimpleNamespace(**vars(time) | {"now": 0.0, "perf_counter": lambda: clock.now})
+
+    def takes(seconds, function):
+        def timed(*args):
+            clock.now += seconds
+            return function(*args)
+
+        return timed
+
+    monkeypatch.setattr(bmpc, "time", clock)
+    monkeypatch.setattr(bmpc, "save_checkpoint", takes(10, lambda *args: None))
+    monkeypatch.setattr(bmpc, "evaluate", takes(100, lambda *args: {"eval/episodic_return": 0.0}))
+    monkeypatch.setattr(FakeEnvs, "step_wait", takes(1, FakeEnvs.step_wait))
+    args = small_args(total_timesteps=60, eval_freq=20, log_freq=10, checkpoint_freq=20)
+    run_loop(args, FakeEnvs([20] * args.num_envs), tmp_path)
+    rows = runs.numbers(tmp_path, speeds=True)
+    seconds = {step: value for step, _, tag, value in rows if tag == "charts/training_seconds"}
+    assert len(seconds) >= 6 and seconds == {step: step / args.num_envs for step in seconds}
+    assert {value for _, _, tag, value in rows if tag == "charts/SPS"} == {args.num_envs}
 
 
 def test_progress_bar_without_a_terminal(capsys):
