@@ -30,8 +30,8 @@ is neutral.
           policy_value_std_coef. The expert of the optimistic policy uses planner_value_std_coef_train, when acting and
           in reanalyze.
 
-Metrics of a plan that name no policy belong to the executed plan. Losses of a policy that name none belong to the
-pessimistic policy; losses/policy_grad_norm covers both.
+Planner metrics without a policy in their name describe the executed plan. Policy losses without one are those of the
+pessimistic policy; losses/policy_grad_norm covers both policies.
 
     python bmpc_dual_policy.py --dual-policy-enabled --planner-num-dynamics-heads 2 --planner-value-std-coef-train 1
     python bmpc_dual_policy.py --dual-policy-enabled --planner-value-std-coef-train 1 --policy-value-std-coef -1
@@ -49,8 +49,8 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     P  of them from the policy        H  dynamics heads
     R  imagined rollouts per state    C  capacity of the replay buffer, in vector steps
 
-A decision is one action in one environment; a vector step is one decision in each of the E environments. In the help
-of the flags, "official" is the authors' code and "JAX" is a port of it; results/README.md lists the differences from
+A decision is one action in one environment; a vector step is one decision in each of the E environments. In the flags'
+help texts, "official" is the authors' code and "JAX" is a port of it; results/README.md lists the differences from
 both. The sweeps that the help names are the ablations in sweep_list/7_bmpc_equivalence/.
 """
 
@@ -435,7 +435,7 @@ def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the cross-entropy of logits (..., K) to target distributions (..., K): (...)."""
+    """Compute the cross-entropy between target distributions (..., K) and logits (..., K): (...)."""
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
@@ -1200,7 +1200,7 @@ class ReplayBuffer:
 
         obs and next_obs: (E, O); action: (E, A); expert: (E, A) or (E, 2A) [V11]; reward and terminated: (E,);
         ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
-        simulator failed, so the row is not a transition.
+        simulator failed, so the row is not a transition; the episode ended with it, so no window contains it.
         """
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
@@ -1247,7 +1247,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state into an empty buffer, which may be larger if total_timesteps has grown since."""
+        """Restore a state into an empty buffer. It may be larger if the state holds all steps of a run so far."""
         self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
         self.valid_start[: self.step] = state["valid_start"]
@@ -1276,7 +1276,7 @@ def act(
 ) -> tuple[Tensor, Expert, Tensor, dict[str, Tensor]]:
     """Plan the next action in each environment: obs (E, O), prev_mean (E, T, A).
 
-    Returns actions (E, A), the first experts of these transitions (E, A), the means of the plans (E, T, A), metrics.
+    Returns actions (E, A), their first experts (E, A), the means of the plans (E, T, A), and metrics.
     """
     std_coef = args.planner_value_std_coef_train  # [V4]
     policy = model.optimistic_policy if args.dual_policy_enabled else model.policy  # [V13]
@@ -1417,7 +1417,7 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # Where pretraining and later updates have different sets of names, the later ones count for the names of both
+        # If pretraining and later updates report different names, a name of both gets the mean of the later updates
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
@@ -1451,7 +1451,7 @@ def train_step(run: Run, pretraining: bool) -> None:
 
 
 def pretrain(run: Run, controller: "RunController") -> None:
-    """Update the world model and the value heads learning_starts times. Stops early at a stop request."""
+    """Update the world model and the value heads learning_starts times. Stops early if a stop is requested."""
     with ProgressBar("pretraining", run.args.learning_starts, run.pretraining_updates) as progress:
         while run.pretraining_updates < run.args.learning_starts and not controller.stop_requested:
             train_step(run, pretraining=True)
@@ -1989,13 +1989,13 @@ def seeded_generator(seed: int, *key: Any, device: torch.device | str) -> torch.
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to the device; to CUDA asynchronously. All copies to the device use this function."""
+    """Copy an array to the device; to CUDA asynchronously. All such copies of a running loop use it."""
     x = torch.from_numpy(x)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def to_host(x: Tensor) -> np.ndarray:
-    """Copy a tensor to the host. All copies to the host use this function."""
+    """Copy a tensor to the host. All such copies of a running loop use it."""
     return x.cpu().numpy()
 
 
@@ -2679,7 +2679,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
         f"--learning-starts is {args.learning_starts}; the first window of {T} decisions needs {args.num_envs * T}",
     )
     yield (
-        args.buffer_size // args.num_envs >= T + 2,  # three windows for each environment
+        args.buffer_size // args.num_envs >= T + 2,  # three windows of an environment; one would do
         f"--buffer-size is {args.buffer_size}; {args.num_envs} environments need at least {args.num_envs * (T + 2)}",
     )
     yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, fewer than --horizon {T}"

@@ -30,8 +30,8 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     P  of them from the policy        H  dynamics heads (more than 1 in bmpc_multihead.py)
     C  capacity of the replay buffer, in vector steps
 
-A decision is one action in one environment; a vector step is one decision in each of the E environments. In the help
-of the flags, "official" is the code of BMPC's authors and "JAX" is a port of it. All hyperparameters but
+A decision is one action in one environment; a vector step is one decision in each of the E environments. In the flags'
+help texts, "official" is the code of BMPC's authors and "JAX" is a port of it. All hyperparameters but
 num_envs have TD-MPC2's values. The sweeps that the help names are ablations of bmpc.py.
 """
 
@@ -330,7 +330,7 @@ def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the cross-entropy of logits (..., K) to target distributions (..., K): (...)."""
+    """Compute the cross-entropy between target distributions (..., K) and logits (..., K): (...)."""
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
@@ -566,9 +566,7 @@ class PlanNoise(NamedTuple):
     candidates: Tensor  # (S, iterations, N-P, T+1, A) standard normal; the last step is for the policy [T3]
     elite: Tensor  # (S, num_elites) uniform
     action: Tensor  # (S, A) standard normal
-    heads: (
-        Tensor  # (S, 2) int64: two value heads, the same for all S states, of which some may be planned at a time [T3]
-    )
+    heads: Tensor  # (S, 2) int64: two value heads; one equal row per state, so that chunks can be split off [T3]
 
 
 class Plan(NamedTuple):
@@ -597,7 +595,7 @@ def sample_plan_noise(
 
 
 def candidate_scores(rewards: Tensor, values: Tensor) -> Tensor:
-    """Average the predicted returns over heads: (H, S, N), (Q, H, S, N) -> (S, N). Non-finite scores: -1e9."""
+    """Average the predicted returns over heads: (H, S, N), (2, H, S, N) -> (S, N). Non-finite scores: -1e9."""  # [T3]
     scores = rewards.mean(0) + values.mean((0, 1))
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
 
@@ -988,7 +986,7 @@ class ReplayBuffer:
 
         obs and next_obs: (E, O); action: (E, A); reward and terminated: (E,); [T5]
         ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
-        simulator failed, so the row is not a transition.
+        simulator failed, so the row is not a transition; the episode ended with it, so no window contains it.
         """
         row = [obs, action, reward[:, None], terminated[:, None], next_obs]  # [T5]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
@@ -1029,7 +1027,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state into an empty buffer, which may be larger if total_timesteps has grown since."""
+        """Restore a state into an empty buffer. It may be larger if the state holds all steps of a run so far."""
         self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
         self.valid_start[: self.step] = state["valid_start"]
@@ -1056,7 +1054,7 @@ def act(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # [T5]
     """Plan the next action in each environment: obs (E, O), prev_mean (E, T, A).
 
-    Returns actions (E, A), the means of the plans (E, T, A), metrics. [T5]
+    Returns actions (E, A), the means of the plans (E, T, A), and metrics. [T5]
     """
     behavior = run_planner(plan_fn, model, model.policy, obs, prev_mean, make_generator("act"), args)
     # [T5] BMPC: the expert of the transition
@@ -1139,7 +1137,7 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # Where pretraining and later updates have different sets of names, the later ones count for the names of both
+        # If pretraining and later updates report different names, a name of both gets the mean of the later updates
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
@@ -1170,7 +1168,7 @@ def train_step(run: Run, pretraining: bool) -> None:
 
 
 def pretrain(run: Run, controller: "RunController") -> None:
-    """Update all networks learning_starts times. Stops early at a stop request."""  # [T2]
+    """Update all networks learning_starts times. Stops early if a stop is requested."""  # [T2]
     with ProgressBar("pretraining", run.args.learning_starts, run.pretraining_updates) as progress:
         while run.pretraining_updates < run.args.learning_starts and not controller.stop_requested:
             train_step(run, pretraining=True)
@@ -1708,13 +1706,13 @@ def seeded_generator(seed: int, *key: Any, device: torch.device | str) -> torch.
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to the device; to CUDA asynchronously. All copies to the device use this function."""
+    """Copy an array to the device; to CUDA asynchronously. All such copies of a running loop use it."""
     x = torch.from_numpy(x)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def to_host(x: Tensor) -> np.ndarray:
-    """Copy a tensor to the host. All copies to the host use this function."""
+    """Copy a tensor to the host. All such copies of a running loop use it."""
     return x.cpu().numpy()
 
 
@@ -2398,7 +2396,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
         f"--learning-starts is {args.learning_starts}; the first window of {T} decisions needs {args.num_envs * T}",
     )
     yield (
-        args.buffer_size // args.num_envs >= T + 2,  # three windows for each environment
+        args.buffer_size // args.num_envs >= T + 2,  # three windows of an environment; one would do
         f"--buffer-size is {args.buffer_size}; {args.num_envs} environments need at least {args.num_envs * (T + 2)}",
     )
     yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, fewer than --horizon {T}"
