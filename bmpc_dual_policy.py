@@ -583,7 +583,7 @@ class MLP(nn.Module):
 class WorldModel(nn.Module):
     """All networks: encoder, latent dynamics, reward, value heads, policy, and the moving averages of the last two.
 
-    encoder (..., O) -> (..., L)                      dynamics (H, ..., L), (1, ..., A) -> (H, ..., L)
+    encoder (..., O) -> (..., L)                      dynamics (H or 1, ..., L), (H or 1, ..., A) -> (H, ..., L)
     reward (..., L), (..., A) -> (..., K) logits      value (1, ..., L) -> (Q, ..., K) logits
     policy (..., L) -> (..., 2A)                      termination (..., L) -> (..., 1) logit, only with --episodic
     """
@@ -1247,7 +1247,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state into an empty buffer. It may be larger if the state holds all steps of a run so far."""
+        """Restore a state into an empty buffer. Its capacity may be larger if the saved one had overwritten nothing."""
         self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
         self.valid_start[: self.step] = state["valid_start"]
@@ -1417,7 +1417,7 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # If pretraining and later updates report different names, a name of both gets the mean of the later updates
+        # If pretraining and later updates report different sets of names, a name in both has the later updates' mean
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
@@ -1564,7 +1564,7 @@ class TaskInfo(NamedTuple):
 def resolve_env_id(task: str) -> str:
     """Return the Gymnasium id of a task. TD-MPC2's names, such as dog-run or cup-catch, become ids of dm_control.
 
-    Ids with a version, and `module:Id`, whose module registers the environment, are returned unchanged.
+    Other ids with a version, and `module:Id`, whose module registers the environment, are returned unchanged.
     """
     if re.search(r":|^(?!dm_control/).*-v\d+$", task):
         return task
@@ -1989,13 +1989,13 @@ def seeded_generator(seed: int, *key: Any, device: torch.device | str) -> torch.
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to the device; to CUDA asynchronously. All such copies of a running loop use it."""
+    """Copy an array to the device; to CUDA asynchronously. Each such copy in a training step uses it."""
     x = torch.from_numpy(x)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def to_host(x: Tensor) -> np.ndarray:
-    """Copy a tensor to the host. All such copies of a running loop use it."""
+    """Copy a tensor to the host. Each such copy in a training step uses it."""
     return x.cpu().numpy()
 
 
@@ -2679,7 +2679,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
         f"--learning-starts is {args.learning_starts}; the first window of {T} decisions needs {args.num_envs * T}",
     )
     yield (
-        args.buffer_size // args.num_envs >= T + 2,  # three windows of an environment; one would do
+        args.buffer_size // args.num_envs >= T + 2,  # T is the minimum; 2 is an arbitrary margin
         f"--buffer-size is {args.buffer_size}; {args.num_envs} environments need at least {args.num_envs * (T + 2)}",
     )
     yield n is None or n >= T, f"an episode of {args.env_id} has {n} decisions, fewer than --horizon {T}"
@@ -2833,6 +2833,8 @@ def run_command(argv: list[str] | None) -> int:
     """Parse the command line and train or evaluate. Returns the exit code."""
     warnings.simplefilter("ignore")  # simulators and torch's compiler warn about what users cannot change
     args = parse_args(argv)
+    with contextlib.suppress(ImportError):  # if Mesa's LLVM is loaded first, with MuJoCo, loading Triton's crashes
+        import triton._C.libtriton  # noqa: F401
     if args.capture_video:
         select_renderer()
     args, task = resolve_args(args)

@@ -321,6 +321,17 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it(tmp_path):
     assert process.wait(runs.PATIENCE) == 0
 
 
+def test_triton_is_loaded_before_mujoco(tmp_path):
+    """Otherwise Mesa's LLVM, which MuJoCo may load, and Triton's crash the process."""
+    package = tmp_path / "triton"
+    package.mkdir()
+    check = "import sys\nopen(__file__ + '.log', 'a').write(f'{\"mujoco\" in sys.modules} ')\nraise ImportError\n"
+    (package / "__init__.py").write_text(check)
+    words = [sys.executable, str(runs.ROOT / "bmpc.py"), "--task", "cartpole-swingup", "--vmin", "20"]
+    ran = subprocess.run(words, cwd=tmp_path, env=ENVIRON | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert ran.returncode == 2 and (package / "__init__.py.log").read_text().startswith("False "), ran
+
+
 def test_output_is_utf_8_in_any_locale(tmp_path):
     environ = ENVIRON | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ran = subprocess.run(command("--task", "größe"), cwd=tmp_path, env=environ, capture_output=True)
