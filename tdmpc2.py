@@ -1707,13 +1707,13 @@ def seeded_generator(seed: int, *key: Any, device: torch.device | str) -> torch.
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to the device; to CUDA asynchronously. Each such copy in a training step uses it."""
+    """Copy an array to the device; to CUDA asynchronously. All copies of a training step use this function."""
     x = torch.from_numpy(x)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def to_host(x: Tensor) -> np.ndarray:
-    """Copy a tensor to the host. Each such copy in a training step uses it."""
+    """Copy a tensor to the host. All copies of a training step use this function."""
     return x.cpu().numpy()
 
 
@@ -2148,7 +2148,7 @@ def record_start(path: Path) -> None:
             path.rename(damaged_path)
             print_line(f"warning: {path} is damaged; it was renamed to {damaged_path.name}", sys.stderr)
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
-    packages = (package.metadata for package in importlib.metadata.distributions())  # reads each file once
+    packages = (package.metadata for package in importlib.metadata.distributions())  # it is parsed at each access
     start |= {metadata["Name"]: metadata["Version"] for metadata in packages}
     start |= {"python": sys.version.split()[0], "git_commit": git_commit(Path(__file__).parent)}
     write_json(path, [*starts, start])
