@@ -1055,7 +1055,10 @@ def update(
     args: Args,
     pretraining: bool,
 ) -> dict[str, Tensor]:
-    """Update the world model, the policy (except in pretraining) and the moving averages. Returns metrics."""
+    """Update the world model, the policy (except in pretraining) and the moving averages (BMPC, algorithm 1).
+
+    Returns metrics.
+    """
     world_optimizer, policy_optimizer = optimizers
     loss, z, metrics = functions.world_model_loss(model, batch, noise, args)
     metrics["losses/grad_norm"] = optimizer_step(loss, world_optimizer, args)
@@ -1076,8 +1079,8 @@ def update(
 class ReplayBuffer:
     """A ring buffer of C vector steps on the device. A vector step has E rows, one transition of each environment.
 
-    Host arrays record where windows start. A window is T consecutive transitions of one episode, which may
-    still be running.
+    Host arrays record where windows start. A window is T consecutive transitions of one episode, which may still be
+    running.
     """
 
     def __init__(self, args: Args, task: "TaskInfo", device: torch.device):
@@ -1660,9 +1663,8 @@ class Envs(AsyncVectorEnv):
         return np.where(mask[:, None], first_obs, obs)
 
     call = env_errors_as_run_errors()(AsyncVectorEnv.call)
-    step_async = env_errors_as_run_errors()(
-        AsyncVectorEnv.step_async
-    )  # starts a step; the simulators run in the background
+    # Starts a step; the simulators run in the background
+    step_async = env_errors_as_run_errors()(AsyncVectorEnv.step_async)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str | None]]:
         """Wait for the step.
@@ -2328,7 +2330,7 @@ def record_start(path: Path) -> None:
             path.rename(damaged_path)
             print_line(f"warning: {path} is damaged; it was renamed to {damaged_path.name}", sys.stderr)
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
-    packages = (package.metadata for package in importlib.metadata.distributions())  # it is parsed at each access
+    packages = (package.metadata for package in importlib.metadata.distributions())  # each access parses a file
     start |= {metadata["Name"]: metadata["Version"] for metadata in packages}
     start |= {"python": sys.version.split()[0], "git_commit": git_commit(Path(__file__).parent)}
     write_json(path, [*starts, start])

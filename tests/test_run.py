@@ -62,6 +62,7 @@ def test_counters_files_and_output_of_a_run(cartpole):
     assert all(message in run.said() for message in messages)
     (versions,) = json.loads((directory / "versions.json").read_text())
     assert {"git_commit", "python", "command", "time"} <= set(versions)
+    assert versions["numpy"] == np.__version__ and versions["torch"] == torch.__version__
     assert json.loads((directory / "args.json").read_text())["discount"] == 0.95
     assert {path.name for path in run.cwd.iterdir()} - {file.name for file in run.files.values()} == {"runs"}
 
