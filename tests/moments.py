@@ -54,6 +54,11 @@ def send(name):
         os.killpg(os.getpgrp(), getattr(signal, name))
 
 
+def ignore(script, name):
+    """Ignore the signal `name`, as a process that nohup starts."""
+    signal.signal(signal.Signals[name], signal.SIG_IGN)
+
+
 def strike(script, name, path, number, inside=""):
     """Send the signal `name` before the `number`-th call of `path`, of those made while the function `inside` runs."""
     before(script, path, lambda call, _: call == number and send(name), inside)

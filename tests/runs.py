@@ -18,7 +18,7 @@ ROOT = TESTS.parent
 PATIENCE = 300  # seconds after which a wait fails: the process hangs
 
 NETWORK = "--device cpu --no-compile --enc-dim 32 --mlp-dim 32 --latent-dim 32 --num-q 2 --num-bins 21".split()
-PLANNER = "--iterations 2 --num-samples 16 --num-elites 4 --num-pi-trajs 4".split()
+PLANNER = "--horizon 2 --iterations 1 --num-samples 16 --num-elites 4 --num-pi-trajs 4".split()
 LENGTHS = "--learning-starts 24 --batch-size 16 --num-envs 2 --eval-episodes 1".split()
 REANALYZE = "--reanalyze-interval 5 --reanalyze-batch-size 4".split()  # unknown to tdmpc2.py
 TINY = NETWORK + PLANNER + LENGTHS + REANALYZE

@@ -30,7 +30,7 @@ RUN += ["--env-kwargs", '{"task_kwargs": {"time_limit": 2}}']
 RUN += "--eval-freq 50 --log-freq 10 --checkpoint-freq 20".split()
 RUN_TDMPC2 = list(RUN)
 RUN += "--reanalyze-interval 4 --no-initial-expert-from-behavior --td-target-use-ema-policy".split()
-TOY = "--learning-starts 12 --steps 80 --eval-freq 0 --log-freq 10 --checkpoint-freq 20 --iterations 1".split()
+TOY = "--learning-starts 12 --steps 80 --eval-freq 0 --log-freq 10 --checkpoint-freq 20".split()
 
 
 def parallel_map(function, *iterables):
@@ -102,7 +102,7 @@ EARLY = [
 LATE = [
     ("strike", "SIGKILL", "make_expert", 6, "reanalyze"),
     ("strike", "SIGKILL", "run_planner", 9, "evaluate"),
-    ("strike", "SIGKILL", "policy_gaussian", 65, "evaluate"),  # with the policy alone
+    ("strike", "SIGKILL", "policy_gaussian", 45, "evaluate"),  # with the policy alone
     ("strike", "SIGKILL", "os.replace", 3, "save_checkpoint"),  # the previous checkpoint has unfinished episodes
     ("strike", "SIGKILL", "Envs.step_wait", 3, "start_run_episodes"),  # while the run is resumed
     ("strike", "SIGKILL", "write_json", 3),  # only finished.json is missing
@@ -182,8 +182,8 @@ def test_exact_resume_with_episodes_of_different_lengths(tmp_path):
 
 
 NOT_REPRODUCIBLE = [  # task, flags, length of an episode, valid windows of each environment
-    ("ToyNoise", [], 10, 8 + 5 + 8 + 8 + 1),  # episodes of 10 and 7 decisions; then of 10, 10 and 3
-    ("ToyLong", ["--buffer-size", 24], 100, 10),  # the buffer holds the last 12 steps
+    ("ToyNoise", [], 10, 9 + 6 + 9 + 9 + 2),  # episodes of 10 and 7 decisions; then of 10, 10 and 3
+    ("ToyLong", ["--buffer-size", 24], 100, 11),  # the buffer holds the last 12 steps
 ]
 
 
@@ -203,11 +203,11 @@ def test_new_episodes_if_the_old_ones_are_not_reproducible(tmp_path, task, flags
 
 
 def test_signals_from_another_process(reference, tmp_path):
-    """The script, started from the command line, is killed, then stopped, then runs to its end."""
+    """The script, started from the command line, is stopped, then runs to its end."""
     command = [sys.executable, str(runs.ROOT / "bmpc.py"), "--task", "cartpole-swingup", *runs.TINY, *RUN]
     environ = os.environ | {"PYTHONUNBUFFERED": ""}
     options = {"cwd": tmp_path, "env": environ, "stdout": subprocess.PIPE, "text": True}
-    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, bmpc.EXIT_RESUMABLE), (0, 0)):
+    for number, code in ((signal.SIGTERM, bmpc.EXIT_RESUMABLE), (0, 0)):
         process = subprocess.Popen(command, **options)
         assert any("checkpoint at" in line for line in process.stdout)
         process.send_signal(number)

@@ -8,10 +8,12 @@ import functools
 import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+import runs
 import torch
 from conftest import ROOT, TASK, FakeEnvs, generator, make_model, small_args, start, train
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -32,6 +34,12 @@ HEADS = dict(planner_num_dynamics_heads=2, planner_value_std_coef_train=0.7, loc
 TWO_POLICIES = dict(dual_policy_enabled=True, policy_value_std_coef=-0.3)
 
 
+def random_transition(run, script):
+    """Return a list of a random action and its expert; tdmpc2.py has no expert."""
+    transition = script.random_action(run.args, TASK.action_dim, run.make_generator("act"))
+    return [transition] if script is tdmpc2 else [*transition]
+
+
 def short_run(functions, args, device, script=bmpc):
     """Make a run on fake environments with six vector steps after the warm-up, with updates and reanalyze."""
     envs = FakeEnvs([5, 4] * (args.num_envs // 2), terminal=(1,) if args.episodic else ())
@@ -40,22 +48,23 @@ def short_run(functions, args, device, script=bmpc):
     if device != META:
         run.model.load_state_dict(make_model(args, script=script).state_dict())
     for step in range(args.horizon + 6):
-        mean = run.prev_mean
-        action, expert = script.random_action(args, TASK.action_dim, run.make_generator("act"))
+        acted = [*random_transition(run, script), run.prev_mean]
         if step >= args.horizon:
-            action, expert, mean, metrics = script.act(
+            *acted, metrics = script.act(
                 run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
             )
             run.accumulate_metrics(metrics)
             script.train_step(run, pretraining=step == args.horizon)
-        script.store_step(run, envs, action, expert, mean)
+        script.store_step(run, envs, *acted)
     return run
 
 
+NAMES = bmpc.Functions._fields  # plan, world_model_loss, policy_loss
 COMPILED = {  # script, flags, and for a sibling the functions that it changes
     "cpu": (bmpc, dict(compile=True), []),
     "multihead": (bmpc_multihead, ALL_FLAGS | HEADS | dict(reanalyze_value_std_coef=0.7), ["plan", "world_model_loss"]),
     "dual": (bmpc_dual_policy, ALL_FLAGS | HEADS | TWO_POLICIES, ["policy_loss"]),
+    "tdmpc2": (tdmpc2, dict(episodic=True), NAMES),
     "cuda compiled": (bmpc, dict(compile=True, cudagraphs=False, device="cuda"), []),
     "cuda captured": (bmpc, dict(compile=True, device="cuda"), []),
 }
@@ -65,16 +74,17 @@ COMPILED = {  # script, flags, and for a sibling the functions that it changes
 def test_compiled_functions_match_eager(name):
     """Each function is one graph that is compiled once.
 
-    bmpc.py uses the compiler of a run. Siblings use the backend aot_eager, which captures graphs but needs no compiler.
+    bmpc.py uses the compiler of a run. Siblings use the backend "eager", which captures graphs but needs no compiler.
     """
     script, flags, names = COMPILED[name]
-    # Plans for acting and for reanalyze have the same shape
-    sizes = dict(num_samples=16, iterations=2, num_envs=4, horizon=2, reanalyze_interval=1, reanalyze_batch_size=2)
+    sizes = dict(num_samples=16, iterations=2, num_envs=4, horizon=2)
+    if script is not tdmpc2:
+        sizes |= dict(reanalyze_interval=1, reanalyze_batch_size=2)  # plans have the same shape as those for acting
     args = small_args(script, **sizes | flags)
     if args.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU on this machine")
     torch._dynamo.reset()
-    compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
+    compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="eager")
     functions = script.Functions()._replace(**{name: compile(getattr(script, name)) for name in names})
     with torch._dynamo.config.patch(error_on_recompile=args.device == "cpu"):
         compiled = short_run(functions if names else None, args, torch.device(args.device), script=script)
@@ -113,20 +123,26 @@ print(before, page_faults())
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Let bmpc.py run on the meta device: noise is sampled on the CPU, since meta has no generator, and moved there."""
+    """Let scripts run on the meta device: noise is sampled on the CPU, since meta has no generator, and moved there."""
 
     def on_meta(sample, *args):
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(META), sample(*args))
 
-    for name in ("sample_plan_noise", "sample_update_noise", "random_action"):
-        monkeypatch.setattr(bmpc, name, functools.partial(on_meta, getattr(bmpc, name)))
-    monkeypatch.setattr(bmpc, "seeded_generator", lambda seed, key, device: generator(seed))
+    for script in (bmpc, tdmpc2):
+        for name in ("sample_plan_noise", "sample_update_noise", "random_action"):
+            monkeypatch.setattr(script, name, functools.partial(on_meta, getattr(script, name)))
+        monkeypatch.setattr(script, "seeded_generator", lambda seed, key, device: generator(seed))
 
 
-def test_no_synchronization(meta):
+@pytest.mark.parametrize(
+    "script, flags",
+    [(bmpc, ALL_FLAGS | dict(reanalyze_interval=1)), (tdmpc2, dict(episodic=True, encoder_consistency_coef=0.1))],
+    ids=["bmpc", "tdmpc2"],
+)
+def test_no_synchronization(meta, script, flags):
     """With all flags that add work, and also after the replay buffer is full and windows become invalid."""
-    args = small_args(reanalyze_interval=1, iterations=1, buffer_size=10, **ALL_FLAGS)
-    run = short_run(None, args, META)
+    args = small_args(script, iterations=1, buffer_size=10, **flags)
+    run = short_run(None, args, META, script=script)
     assert run.updates == 5 and run.pretraining_updates == 1 and run.buffer.step > run.buffer.capacity
     assert all(x.device == META for x in run.model.state_dict().values())
 
@@ -207,8 +223,7 @@ def test_number_of_launches_besides_graphs(monkeypatch, script):
     run = start(args, envs, launches.functions, script)
     for _ in range(8):
         envs.step_async(None)
-        acted = script.random_action(args, TASK.action_dim, run.make_generator("act"))
-        script.store_step(run, envs, *([acted] if script is tdmpc2 else acted), run.prev_mean)
+        script.store_step(run, envs, *random_transition(run, script), run.prev_mean)
 
     def update():
         script.train_step(run, pretraining=False)
@@ -267,6 +282,11 @@ def test_throughput_prints_its_table():
 def test_gpu_prints_its_table_on_a_cpu(monkeypatch, tmp_path, capsys):
     import gpu
 
+    def run_script(name, cwd, *argv, limit=0):
+        run = runs.Run(Path(cwd), argv, script=name).wait()  # without importing everything again
+        return run.code, run.said()
+
+    monkeypatch.setattr(gpu, "run_script", run_script)
     monkeypatch.chdir(tmp_path)
     if not torch.cuda.is_available():
         assert gpu.main([]) == 1 and capsys.readouterr().out.count("\n") == 1

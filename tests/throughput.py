@@ -35,7 +35,7 @@ import tdmpc2  # noqa: E402
 
 TASK = bmpc.TaskInfo(223, 38, 500)  # dog-run
 TINY = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_samples=32, num_elites=8)
-TINY |= dict(num_envs=1, iterations=1, extra_iterations=0)  # for --small
+TINY |= dict(num_envs=1, iterations=1, extra_iterations=0, batch_size=32)  # for --small
 TWO_HEADS = dict(planner_num_dynamics_heads=2)
 TWO_POLICIES = TWO_HEADS | dict(dual_policy_enabled=True)
 

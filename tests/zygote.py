@@ -6,6 +6,7 @@ ARGV` would, in its own session, with its own directory, output files, environme
 it, are written to a file. With --fresh, nothing is imported beforehand, for tests that depend on how a process starts.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -43,6 +44,7 @@ def preload():
     torch.use_deterministic_algorithms(True)  # imports further modules
     gymnasium.register_envs(shimmy)
     gymnasium.make("dm_control/cartpole-swingup-v0", disable_env_checker=True).close()  # imports dm_control
+    gc.freeze()  # a child would copy all pages of these objects when it collects garbage at its end: a second
 
 
 def main():
