@@ -1866,21 +1866,22 @@ def chunk_size(num_states: int, args: Args) -> int:
 
 def compile_functions(args: Args, device: torch.device) -> Functions:
     """Apply torch.compile to all functions. Compilation itself happens at their first calls."""
+    on_cuda = device.type == "cuda"
+    options = {
+        "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
+        "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
+        "cpp_wrapper": not on_cuda,  # all kernels of a graph are compiled together, and called without Python
+        "triton.cudagraphs": on_cuda and args.cudagraphs,
+    }
+    compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
     try:
         with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # torch warns about itself
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+            compile_fn(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as e:
         print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # plans differ in batch size and options
     CompileTimer.install()
-    on_cuda = device.type == "cuda"
-    options = {
-        "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
-        "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
-        "triton.cudagraphs": on_cuda and args.cudagraphs,
-    }
-    compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
     functions = Functions(*map(compile_fn, Functions()))
     if on_cuda:
         return functions
@@ -1935,6 +1936,39 @@ class CompileTimer:
         seconds = time.perf_counter() - cls.start
         cls.seconds += seconds
         print_line(f"compiled part {cls.number} in {seconds:.0f} s")
+
+
+def compile_ahead(run: Run, task: TaskInfo) -> None:
+    """On a CPU with several threads, compile plans and the policy loss in a second process during the pretraining.
+
+    The first plan waits for this process. The compiler's cache on disk then provides its results.
+    """
+    if not run.args.compile or run.obs.device.type != "cpu" or torch.get_num_threads() == 1:
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not work in a forked process
+    process = context.Process(target=compile_plan_and_policy_loss, args=(run.args, task), daemon=True)
+    process.start()
+    plan_fn = run.functions.plan
+
+    def wait_and_plan(*args: Any) -> Plan:
+        if process.is_alive():
+            start = time.perf_counter()
+            with announce("waiting for the second process to compile"):
+                process.join()
+            CompileTimer.seconds += time.perf_counter() - start
+        return plan_fn(*args)
+
+    run.functions = run.functions._replace(plan=wait_and_plan)
+
+
+def compile_plan_and_policy_loss(args: Args, task: TaskInfo) -> None:
+    """Fill the compiler's cache with all but the world model loss, in a process that runs for this purpose only."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    run = Run(args, task, setup_torch(args))
+    run.functions = run.functions._replace(world_model_loss=world_model_loss)  # not compiled
+    run.buffer.start_indices = np.zeros(1, int)  # as if there were a window; the numbers in it have no effect
+    act(run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator)
+    train_step(run, pretraining=False)
 
 
 def plan_in_chunks(plan_fn: Callable[..., Plan], chunk_size: Callable[[int], int]) -> Callable[..., Plan]:
@@ -2558,6 +2592,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         directory, state = open_run_directory(args)
         print_line(f"{directory}, on {device}")
         run = Run(args, task, device)
+        compile_ahead(run, task)
         if args.profile:
             stack.enter_context(profile(directory / "trace.json"))
         try:

@@ -208,7 +208,7 @@ UNSUPPORTED = {  # arguments of register_env, a part of the error message
     "discrete": (dict(max_episode_steps=9, action=gym.spaces.MultiDiscrete([3, 3])), "bounded Box"),
     "integers": (dict(max_episode_steps=9, action=gym.spaces.Box(0, 3, (2,), np.int64)), "bounded Box"),
     "no limit": (dict(), "--discount"),
-    "short episodes": (dict(max_episode_steps=2), "horizon"),
+    "short episodes": (dict(max_episode_steps=1), "horizon"),
 }
 
 

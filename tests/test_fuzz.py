@@ -65,7 +65,7 @@ def test_valid_command_lines_act_and_learn(changes):
 
 INVALID = {
     "num_envs": [0, -1], "batch_size": [0, 3], "buffer_size": [0, 7], "horizon": [0, 13], "num_elites": [0, 17],
-    "num_pi_trajs": [-1, 16], "latent_dim": [0, 31], "simnorm_dim": [0, 5], "learning_starts": [0, 5], "num_bins": [1],
+    "num_pi_trajs": [-1, 16], "latent_dim": [0, 31], "simnorm_dim": [0, 5], "learning_starts": [0, 3], "num_bins": [1],
     "lr": [0, -1, "nan", "inf"], "tau": [0, 1.5, "nan"], "discount": [0, 1.01, "nan"], "dropout": [1, -0.1],
     "utd_ratio": [0, -1, "nan", "inf"], "vmin": [10, "nan", "-inf"], "vmax": [-10.5, "inf"], "log_std_min": [2, "nan"],
     "min_std": [0, 3, "nan"], "max_std": ["inf"], "rho": [0, "nan"], "temperature": [0], "total_timesteps": [0, -5],

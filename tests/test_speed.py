@@ -45,6 +45,7 @@ def short_run(functions, args, device, script=bmpc):
     envs = FakeEnvs([5, 4] * (args.num_envs // 2), terminal=(1,) if args.episodic else ())
     run = script.Run(args, TASK, device)
     run.functions = functions or run.functions
+    script.compile_ahead(run, TASK)
     if device != META:
         run.model.load_state_dict(make_model(args, script=script).state_dict())
     for step in range(args.horizon + 6):
@@ -71,10 +72,11 @@ COMPILED = {  # script, flags, and for a sibling the functions that it changes
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_functions_match_eager(name):
+def test_compiled_functions_match_eager(name, monkeypatch):
     """Each function is one graph that is compiled once.
 
-    bmpc.py uses the compiler of a run. Siblings use the backend "eager", which captures graphs but needs no compiler.
+    bmpc.py uses the compiler of a run, on a CPU in two processes. Siblings use the backend "eager", which captures
+    graphs but needs no compiler.
     """
     script, flags, names = COMPILED[name]
     sizes = dict(num_samples=16, iterations=2, num_envs=4, horizon=2)
@@ -84,10 +86,18 @@ def test_compiled_functions_match_eager(name):
     if args.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU on this machine")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if name == "cpu":
+        bmpc.setup_torch(args)  # as in the second process
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # for the second process; with one thread there is none
+        torch.set_num_threads(2)
     compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="eager")
     functions = script.Functions()._replace(**{name: compile(getattr(script, name)) for name in names})
     with torch._dynamo.config.patch(error_on_recompile=args.device == "cpu"):
         compiled = short_run(functions if names else None, args, torch.device(args.device), script=script)
+    torch.set_num_threads(1)
+    if name == "cpu":  # two parts of a plan, the policy loss and its gradients
+        assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] >= 4
     eager = short_run(script.Functions(), args, torch.device(args.device), script=script)
     parts = ("model", "optimizers", "buffer", "metrics")
     results = lambda run: {part: bmpc.checkpoint_contents(run)[part] for part in parts}
