@@ -2019,32 +2019,47 @@ class CompileTimer:
         print_line(f"compiled part {cls.number} in {seconds:.0f} s")
 
 
-def compile_ahead(run: Run, task: TaskInfo) -> None:
+COMPILE_AHEAD = """
+import importlib, json, sys
+sys.path[0], name, args, task = sys.argv[1:]
+script = importlib.import_module(name)
+script.compile_plan_and_policy_loss(script.Args(**json.loads(args)), script.TaskInfo(*json.loads(task)))
+"""
+
+
+@contextlib.contextmanager
+def compile_ahead(run: Run, task: TaskInfo) -> Iterator[None]:
     """On a CPU with several threads, compile plans and the policy loss in a second process during the pretraining.
 
     The first plan waits for this process. The compiler's cache on disk then provides its results.
     """
     if not run.args.compile or run.obs.device.type != "cpu" or torch.get_num_threads() == 1:
+        yield
         return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not work in a forked process
-    process = context.Process(target=compile_plan_and_policy_loss, args=(run.args, task), daemon=True)
-    process.start()
+    script = Path(__file__).resolve()
+    argv = [script.parent, script.stem, json.dumps(dataclasses.asdict(run.args)), json.dumps(task)]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", COMPILE_AHEAD, *argv], **streams)
     plan_fn = run.functions.plan
 
     def wait_and_plan(*args: Any) -> Plan:
-        if process.is_alive():
+        if process.poll() is None:
             start = time.perf_counter()
             with announce("waiting for the second process to compile"):
-                process.join()
+                process.wait()
             CompileTimer.seconds += time.perf_counter() - start
         return plan_fn(*args)
 
     run.functions = run.functions._replace(plan=wait_and_plan)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def compile_plan_and_policy_loss(args: Args, task: TaskInfo) -> None:
     """Fill the compiler's cache with all but the world model loss, in a process that runs for this purpose only."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")
     run = Run(args, task, setup_torch(args))
     run.functions = run.functions._replace(world_model_loss=world_model_loss)  # not compiled
     run.buffer.start_indices = np.zeros(1, int)  # as if there were a window; the numbers in it have no effect
@@ -2673,7 +2688,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         directory, state = open_run_directory(args)
         print_line(f"{directory}, on {device}")
         run = Run(args, task, device)
-        compile_ahead(run, task)
+        stack.enter_context(compile_ahead(run, task))
         if args.profile:
             stack.enter_context(profile(directory / "trace.json"))
         try:

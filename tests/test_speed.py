@@ -45,18 +45,18 @@ def short_run(functions, args, device, script=bmpc):
     envs = FakeEnvs([5, 4] * (args.num_envs // 2), terminal=(1,) if args.episodic else ())
     run = script.Run(args, TASK, device)
     run.functions = functions or run.functions
-    script.compile_ahead(run, TASK)
     if device != META:
         run.model.load_state_dict(make_model(args, script=script).state_dict())
-    for step in range(args.horizon + 6):
-        acted = [*random_transition(run, script), run.prev_mean]
-        if step >= args.horizon:
-            *acted, metrics = script.act(
-                run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
-            )
-            run.accumulate_metrics(metrics)
-            script.train_step(run, pretraining=step == args.horizon)
-        script.store_step(run, envs, *acted)
+    with script.compile_ahead(run, TASK):
+        for step in range(args.horizon + 6):
+            acted = [*random_transition(run, script), run.prev_mean]
+            if step >= args.horizon:
+                *acted, metrics = script.act(
+                    run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
+                )
+                run.accumulate_metrics(metrics)
+                script.train_step(run, pretraining=step == args.horizon)
+            script.store_step(run, envs, *acted)
     return run
 
 
