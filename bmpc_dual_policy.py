@@ -740,7 +740,7 @@ def policy_candidates(
     return torch.stack(actions, 2), *candidate_scores(rewards, values, std_coef)  # [V3] [V4]
 
 
-@torch.compiler.nested_compile_region  # compiled once instead of once per iteration
+@torch.compiler.nested_compile_region  # where a whole plan is compiled: once instead of once per iteration
 def mppi_iteration(
     model: WorldModel,
     z: Tensor,
@@ -1572,7 +1572,7 @@ def resolve_env_id(task: str) -> str:
     if re.search(r":|^(?!dm_control/).*-v\d+$", task):
         return task
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its environments it cannot import
+        with contextlib.redirect_stdout(io.StringIO()):  # shimmy prints which environments it cannot import
             import shimmy  # noqa: F401 registers the tasks of dm_control
     except Exception as e:  # the renderer named by MUJOCO_GL can raise anything
         raise UsageError(f"dm_control cannot be imported: {describe(e)}") from e
@@ -1912,7 +1912,7 @@ def run_episodes(
     prev_mean = run.prev_mean.new_zeros(num_envs, *run.prev_mean.shape[1:])
     returns = np.zeros(args.eval_episodes)
     frames = []
-    episode_ids = np.arange(num_envs)  # the episode of each environment; those from eval_episodes on do not count
+    episode_ids = np.arange(num_envs)  # the number of each one's episode; eval_episodes and larger numbers do not count
     next_episode = num_envs
     errors_in_a_row = 0
     generator = seeded_generator(args.seed, f"evaluation {run.global_step}", device=run.obs.device)
@@ -2005,7 +2005,7 @@ def setup_torch(args: Args) -> torch.device:
     """Configure torch and return its device. Raises UsageError if the device is not available."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # with its index
+        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # cuda:0, not cuda
     except (RuntimeError, AssertionError) as e:
         raise UsageError(f"--device {args.device}: {describe(e)}") from e
     if device.type == "cuda":
@@ -2024,7 +2024,7 @@ CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit in the ca
 
 
 def make_functions(args: Args, device: torch.device) -> Functions:
-    """Compile the expensive functions, each to one graph per input shape. Without a compiler they stay eager."""
+    """Compile the expensive functions, on a CPU the two parts of a plan. Without a compiler they stay eager."""
     functions = compile_functions(args, device) if args.compile else Functions()
     if device.type == "cuda":
         plan_fn = clone_outputs(functions.plan)
@@ -2032,23 +2032,21 @@ def make_functions(args: Args, device: torch.device) -> Functions:
     if device.type == "cpu":
         plan_fn = plan_in_chunks(functions.plan, functools.partial(chunk_size, args=args))
         return functions._replace(plan=plan_fn)
-    return functions
+    return functions  # on the meta device, in tests
 
 
 def chunk_size(num_states: int, args: Args) -> int:
     """Return how many of num_states states to plan at once on a CPU, in chunks of equal size.
 
-    With four environments or more, it depends on their number only, so that acting, evaluation and reanalyze share one
-    compiled function. With fewer, reanalyze would be slower in such small chunks.
+    Evaluations in fewer environments are padded, so that they share one compiled function with acting.
     """
     max_states = max(1, CPU_CHUNK_ROLLOUTS // planner_rollouts_per_state(args))
-    if args.num_envs >= 4:
-        num_states = args.num_envs
+    num_states = max(num_states, args.num_envs)
     return math.ceil(num_states / math.ceil(num_states / max_states))
 
 
 def compile_functions(args: Args, device: torch.device) -> Functions:
-    """Apply torch.compile to all functions. Compilation itself happens at their first calls."""
+    """Wrap the functions by torch.compile, which compiles each at its first call for a shape, to one graph."""
     on_cuda = device.type == "cuda"
     options = {
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
@@ -2058,14 +2056,14 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
     try:
-        with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # torch warns about itself
+        with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # about torch's internals
             compile_fn(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as e:
         print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
         return Functions()
-    torch._dynamo.config.recompile_limit = 64  # plans differ in batch size and options
+    torch._dynamo.config.recompile_limit = 64  # for plans of different shapes and arguments
     CompileTimer.install()
-    functions = Functions(*map(compile_fn, Functions()))
+    functions = Functions(*map(compile_fn, Functions()))  # Functions() holds the eager ones
     if on_cuda:
         return functions
     # On a CPU, the two parts of a plan compile in half the time of the whole, and are as fast
@@ -2121,21 +2119,26 @@ class CompileTimer:
         print_line(f"compiled part {cls.number} in {seconds:.0f} s")
 
 
+# The program of a second process. Its arguments: the directory and the name of this script, and Args and TaskInfo as
+# JSON. A process of multiprocessing would be killed with a warning about leaked semaphores
 COMPILE_AHEAD = """
 import importlib, json, sys
-sys.path[0], name, args, task = sys.argv[1:]
+directory, name, args, task = sys.argv[1:]
+sys.path[0] = directory
 script = importlib.import_module(name)
-script.compile_plan_and_policy_loss(script.Args(**json.loads(args)), script.TaskInfo(*json.loads(task)))
+script.fill_compiler_cache(script.Args(**json.loads(args)), script.TaskInfo(*json.loads(task)))
 """
 
 
 @contextlib.contextmanager
 def compile_ahead(run: Run, task: TaskInfo) -> Iterator[None]:
-    """On a CPU with several threads, compile plans and the policy loss in a second process during the pretraining.
+    """On a CPU with several threads, let a second process compile while this one acts at random and pretrains.
 
-    The first plan waits for this process. The compiler's cache on disk then provides its results.
+    The first plan waits for the second process, and then loads what it compiled from the compiler's cache on disk. If
+    the second process fails, this one compiles everything itself.
     """
-    if not run.args.compile or run.obs.device.type != "cpu" or torch.get_num_threads() == 1:
+    is_compiled = run.functions.policy_loss is not policy_loss
+    if not is_compiled or run.obs.device.type != "cpu" or torch.get_num_threads() == 1:
         yield
         return
     script = Path(__file__).resolve()
@@ -2147,7 +2150,7 @@ def compile_ahead(run: Run, task: TaskInfo) -> Iterator[None]:
     def wait_and_plan(*args: Any) -> Plan:
         if process.poll() is None:
             start = time.perf_counter()
-            with announce("waiting for the second process to compile"):
+            with announce("waiting for the planner, which a second process compiles"):
                 process.wait()
             CompileTimer.seconds += time.perf_counter() - start
         return plan_fn(*args)
@@ -2160,23 +2163,24 @@ def compile_ahead(run: Run, task: TaskInfo) -> Iterator[None]:
         process.wait()
 
 
-def compile_plan_and_policy_loss(args: Args, task: TaskInfo) -> None:
-    """Fill the compiler's cache with all but the world model loss, in a process that runs for this purpose only."""
+def fill_compiler_cache(args: Args, task: TaskInfo) -> None:
+    """Compile, in a process of its own, what the main process needs after the world model loss."""
     run = Run(args, task, setup_torch(args))
-    run.functions = run.functions._replace(world_model_loss=world_model_loss)  # not compiled
-    run.buffer.start_indices = np.zeros(1, int)  # as if there were a window; the numbers in it have no effect
     act(run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator)
-    train_step(run, pretraining=False)
+    run.functions = run.functions._replace(world_model_loss=world_model_loss)  # the main process compiles this one
+    run.buffer.start_indices = np.zeros(1, int)  # as if one window were stored; its values do not matter
+    for _ in range(10):  # if there is a reanalyze, by default it is in the tenth update
+        train_step(run, pretraining=False)
 
 
-def plan_in_chunks(plan_fn: Callable[..., Plan], chunk_size: Callable[[int], int]) -> Callable[..., Plan]:
-    """Wrap a plan function so that it plans for chunk_size(S) of S states at once. Padding fills the last chunk."""
+def plan_in_chunks(plan_fn: Callable[..., Plan], get_chunk_size: Callable[[int], int]) -> Callable[..., Plan]:
+    """Wrap a plan function so that it plans for get_chunk_size(S) of S states at once. Padding fills the last chunk."""
 
     def chunked_plan(
         model: nn.Module, policy: nn.Module, obs: Tensor, prev_mean: Tensor, noise: PlanNoise, *args: Any
     ) -> Plan:
         num_states = len(obs)
-        size = chunk_size(num_states)
+        size = get_chunk_size(num_states)
         padding = -num_states % size
         inputs = [torch.cat([x, x[-1:].expand(padding, *x.shape[1:])]) for x in (obs, prev_mean, *noise)]
         chunks = zip(*(x.split(size) for x in inputs), strict=True)
@@ -2210,7 +2214,8 @@ def start_graph_step(function: Callable) -> Callable:
 
 # --- Checkpoints, log, run directory ----------------------------------------------------------------------------------
 #
-# A run is crash-only: every fault ends it. Resuming is exact, so only the work since the last checkpoint is repeated.
+# A run does not repair faults: it ends, unless it can go on without what failed, such as a video. Resuming is exact, so
+# only the work since the last checkpoint is repeated.
 # A checkpoint at step s holds the run between two steps, before the evaluation and the log entries of step s. A run
 # that is resumed at s truncates its log to the entries before s, and then repeats those of s.
 
@@ -2445,9 +2450,8 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
         reason = "it was finished with --no-keep-replay, so it cannot be continued"
         raise UsageError(f"{finished}; {reason}; evaluate it with --evaluate {directory}, or {new_run}")
     is_finished = (directory / "finished.json").exists()
-    # A run that was killed in its last evaluation is not finished: its checkpoint, up to num_envs - 1 decisions past
-    # the end, is resumed and evaluated. A run that is further past the end has made more decisions than the --steps
-    # that are given now, so it counts as finished
+    # A run that was killed in its last evaluation is resumed to repeat it; its checkpoint is less than num_envs
+    # decisions past --steps. A run that is further past them had more --steps before, so it counts as finished
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
         advice = f"continue it with more --steps, evaluate it with --evaluate {directory}, or {new_run}"
         raise UsageError(f"{finished}; {advice}")
@@ -2546,7 +2550,7 @@ class RunController:
 
     @staticmethod
     def read_clock() -> float:
-        """Read a clock that stands still while functions are compiled, in seconds."""
+        """Return the seconds on a clock that stands still while functions are compiled."""
         return time.perf_counter() - CompileTimer.seconds
 
     def add_training_seconds(self) -> None:
@@ -2672,7 +2676,7 @@ def check_constraints(args: Args) -> None:
 
 
 def resolve_args(args: Args) -> tuple[Args, TaskInfo]:
-    """Check the arguments, fill in those that are None and that the task or others determine, and inspect the task.
+    """Check the arguments, fill in those that are None from the task and other arguments, and inspect the task.
 
     Raises UsageError if an argument is not valid.
     """
@@ -2740,7 +2744,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
 
 
 def catch_stop_signals() -> list[int]:
-    """Install signal handlers that append to the list returned. A second Ctrl-C ends the process at once.
+    """Install signal handlers that append to the list returned. After the first signal, Ctrl-C ends the process.
 
     Worker processes inherit them, so that they ignore the signals: the main process alone decides when to stop.
     """
@@ -2759,7 +2763,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def make_eval_envs(args: Args) -> Envs:
-    """Make the environments for evaluations: the smallest number that needs as few rounds of episodes as num_envs."""
+    """Make the environments for evaluations: the smallest number that needs no more rounds than num_envs."""
     rounds = math.ceil(args.eval_episodes / args.num_envs)
     return Envs(args, math.ceil(args.eval_episodes / rounds), args.capture_video)
 
@@ -2790,7 +2794,8 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         directory, state = open_run_directory(args)
         print_line(f"{directory}, on {device}")
         run = Run(args, task, device)
-        stack.enter_context(compile_ahead(run, task))
+        if not state:  # otherwise the cache is filled already
+            stack.enter_context(compile_ahead(run, task))
         if args.profile:
             stack.enter_context(profile(directory / "trace.json"))
         try:
@@ -2885,7 +2890,7 @@ def run_command(argv: list[str] | None) -> int:
     """Parse the command line and train or evaluate. Returns the exit code."""
     warnings.simplefilter("ignore")  # simulators and torch's compiler warn about what users cannot change
     args = parse_args(argv)
-    with contextlib.suppress(ImportError):  # if Mesa's LLVM is loaded first, with MuJoCo, loading Triton's crashes
+    with contextlib.suppress(ImportError):  # loaded after Mesa's LLVM, which comes with MuJoCo, Triton's would crash
         import triton._C.libtriton  # noqa: F401
     if args.capture_video:
         select_renderer()
