@@ -2018,12 +2018,14 @@ class CompileTimer:
 
 
 # The program of a second process. Its arguments: the directory and the name of this script, and Args and TaskInfo as
-# JSON. A process of multiprocessing would be killed with a warning about leaked semaphores
+# JSON. The cache's keys depend on the first module in which pickle finds torch: in both processes, the main module. A
+# process of multiprocessing would be killed with a warning about leaked semaphores
 COMPILE_AHEAD = """
 import importlib, json, sys
 directory, name, args, task = sys.argv[1:]
 sys.path[0] = directory
 script = importlib.import_module(name)
+torch = script.torch
 script.fill_compiler_cache(script.Args(**json.loads(args)), script.TaskInfo(*json.loads(task)))
 """
 
