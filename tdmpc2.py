@@ -620,7 +620,7 @@ def policy_candidates(  # [T3]
     return torch.stack(actions[:-1], 2), candidate_scores(rewards, values)  # [T3]
 
 
-@torch.compiler.nested_compile_region  # where a whole plan is compiled: once instead of once per iteration
+@torch.compiler.nested_compile_region  # on CUDA, compiled once instead of once per iteration
 def mppi_iteration(
     model: WorldModel,
     policy: nn.Module,  # [T3]
@@ -1627,7 +1627,8 @@ def run_episodes(
     prev_mean = run.prev_mean.new_zeros(num_envs, *run.prev_mean.shape[1:])
     returns = np.zeros(args.eval_episodes)
     frames = []
-    episode_ids = np.arange(num_envs)  # the number of each one's episode; eval_episodes and larger numbers do not count
+    # Of the current episode of each environment; episodes from eval_episodes on do not count
+    episode_ids = np.arange(num_envs)
     next_episode = num_envs
     errors_in_a_row = 0
     generator = seeded_generator(args.seed, f"evaluation {run.global_step}", device=run.obs.device)
@@ -1739,7 +1740,7 @@ CPU_CHUNK_ROLLOUTS = 2048  # the activations of this many rollouts fit in the ca
 
 
 def make_functions(args: Args, device: torch.device) -> Functions:
-    """Compile the expensive functions, on a CPU the two parts of a plan. Without a compiler they stay eager."""
+    """Compile the expensive functions; on a CPU, the plan in two parts. Without a compiler they stay eager."""
     functions = compile_functions(args, device) if args.compile else Functions()
     if device.type == "cuda":
         plan_fn = clone_outputs(functions.plan)
@@ -1761,7 +1762,7 @@ def chunk_size(num_states: int, args: Args) -> int:
 
 
 def compile_functions(args: Args, device: torch.device) -> Functions:
-    """Wrap the functions by torch.compile, which compiles each at its first call for a shape, to one graph."""
+    """Wrap the functions with torch.compile. It compiles each to one graph, at the first call with a new shape."""
     on_cuda = device.type == "cuda"
     options = {
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
@@ -1834,9 +1835,9 @@ class CompileTimer:
         print_line(f"compiled part {cls.number} in {seconds:.0f} s")
 
 
-# The program of a second process. Its arguments: the directory and the name of this script, and Args and TaskInfo as
-# JSON. The cache's keys depend on the first module in which pickle finds torch: in both processes, the main module. A
-# process of multiprocessing would be killed with a warning about leaked semaphores
+# The program of a second process. Its arguments are the directory and name of this script, and Args and TaskInfo as
+# JSON. The cache's keys depend on the first module in which pickle finds torch, which has to be the main module in both
+# processes. multiprocessing is not used: if its process is killed, it warns about leaked semaphores
 COMPILE_AHEAD = """
 import importlib, json, sys
 directory, name, args, task = sys.argv[1:]
@@ -1884,9 +1885,9 @@ def fill_compiler_cache(args: Args, task: TaskInfo) -> None:
     """Compile, in a process of its own, what the main process needs after the world model loss."""
     run = Run(args, task, setup_torch(args))
     act(run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator)
-    run.functions = run.functions._replace(world_model_loss=world_model_loss)  # the main process compiles this one
+    run.functions = run.functions._replace(world_model_loss=world_model_loss)  # eager: the main process compiles it
     run.buffer.start_indices = np.zeros(1, int)  # as if one window were stored; its values do not matter
-    for _ in range(10):  # if there is a reanalyze, by default it is in the tenth update
+    for _ in range(10):  # with default flags, bmpc.py reanalyzes in the tenth update
         train_step(run, pretraining=False)
 
 
@@ -1931,10 +1932,10 @@ def start_graph_step(function: Callable) -> Callable:
 
 # --- Checkpoints, log, run directory ----------------------------------------------------------------------------------
 #
-# A run does not repair faults: it ends, unless it can go on without what failed, such as a video. Resuming is exact, so
-# only the work since the last checkpoint is repeated.
-# A checkpoint at step s holds the run between two steps, before the evaluation and the log entries of step s. A run
-# that is resumed at s truncates its log to the entries before s, and then repeats those of s.
+# A fault ends the run, unless it costs no more than an episode or a video. Resuming is exact, so only the work since
+# the last checkpoint is repeated. A checkpoint at step s holds the run between two steps, before the evaluation and the
+# log entries of step s. A run that is resumed at s truncates its log to the entries before s, and then repeats those
+# of s.
 
 CHECKPOINT_FORMAT = 3
 FORMAT_2_COMMIT = "1775172"  # the last commit that reads and writes format 2
@@ -2461,7 +2462,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
 
 
 def catch_stop_signals() -> list[int]:
-    """Install signal handlers that append to the list returned. After the first signal, Ctrl-C ends the process.
+    """Install signal handlers that append to the list returned. After a first signal, Ctrl-C ends the process at once.
 
     Worker processes inherit them, so that they ignore the signals: the main process alone decides when to stop.
     """
@@ -2511,7 +2512,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         directory, state = open_run_directory(args)
         print_line(f"{directory}, on {device}")
         run = Run(args, task, device)
-        if not state:  # otherwise the cache is filled already
+        if not state:  # a resumed run usually finds everything in the compiler's cache
             stack.enter_context(compile_ahead(run, task))
         if args.profile:
             stack.enter_context(profile(directory / "trace.json"))
@@ -2607,7 +2608,7 @@ def run_command(argv: list[str] | None) -> int:
     """Parse the command line and train or evaluate. Returns the exit code."""
     warnings.simplefilter("ignore")  # simulators and torch's compiler warn about what users cannot change
     args = parse_args(argv)
-    with contextlib.suppress(ImportError):  # loaded after Mesa's LLVM, which comes with MuJoCo, Triton's would crash
+    with contextlib.suppress(ImportError):  # Triton's LLVM crashes if Mesa's, which MuJoCo loads, is loaded first
         import triton._C.libtriton  # noqa: F401
     if args.capture_video:
         select_renderer()

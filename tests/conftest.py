@@ -198,6 +198,19 @@ def run_loop(args, envs, directory, functions=None, script=bmpc):
     return run
 
 
+def record_generators(script, monkeypatch):
+    """Return a list to which each generator that a run makes will add its purpose and the counters at that time."""
+    keys = []
+    make_generator = script.Run.make_generator
+
+    def recorded_make_generator(run, purpose):
+        keys.append((purpose, run.global_step, run.pretraining_updates, run.updates))
+        return make_generator(run, purpose)
+
+    monkeypatch.setattr(script.Run, "make_generator", recorded_make_generator)
+    return keys
+
+
 def same(a, b):
     """Tell whether two trees of tensors are equal bit for bit."""
     return runs.differences(a, b) == []

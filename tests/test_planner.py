@@ -99,6 +99,13 @@ def test_plans_in_chunks_equal_plans_at_once(double):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, msg=field)
 
 
+def test_chunk_sizes():
+    """16 states with 128 candidates fit. Fewer states than environments are padded, so that their shape is the same."""
+    for num_envs, sizes in ((1, [1, 3, 4, 16, 9, 15]), (4, [4, 4, 4, 16, 9, 15]), (20, [10, 10, 10, 10, 10, 15])):
+        args = small_args(num_samples=128, num_envs=num_envs)
+        assert [bmpc.chunk_size(n, args) for n in (1, 3, 4, 16, 17, 30)] == sizes
+
+
 # --- warm start
 
 

@@ -93,6 +93,14 @@ def test_compiled_functions_match_eager(name, monkeypatch):
         monkeypatch.setattr(bmpc, "COMPILE_AHEAD", bmpc.COMPILE_AHEAD.replace("torch = script.torch\n", ""))
         monkeypatch.setenv("OMP_NUM_THREADS", "2")  # for the second process; with one thread there is none
         torch.set_num_threads(2)
+    second_processes = []
+
+    def popen(argv, *args, make=subprocess.Popen, **options):
+        process = make(argv, *args, **options)
+        second_processes.extend([process] if bmpc.COMPILE_AHEAD in argv else [])
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
     compile = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend="eager")
     functions = script.Functions()._replace(**{name: compile(getattr(script, name)) for name in names})
     with torch._dynamo.config.patch(error_on_recompile=args.device == "cpu"):
@@ -100,6 +108,7 @@ def test_compiled_functions_match_eager(name, monkeypatch):
     torch.set_num_threads(1)
     if name == "cpu":  # two parts of a plan, the policy loss and its gradients
         assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] >= 4
+    assert [process.returncode for process in second_processes] == ([0] if name == "cpu" else [])
     eager = short_run(script.Functions(), args, torch.device(args.device), script=script)
     parts = ("model", "optimizers", "buffer", "metrics")
     results = lambda run: {part: bmpc.checkpoint_contents(run)[part] for part in parts}

@@ -19,6 +19,7 @@ from conftest import (
     generator_factory,
     make_batch,
     make_model,
+    record_generators,
     run_loop,
     same,
     small_args,
@@ -106,14 +107,7 @@ def test_each_call_samples_two_different_heads_uniformly():
 
 def test_no_random_number_is_used_twice(tmp_path, monkeypatch):
     """Each generator has its own purpose or step, and no two numbers of a sample are equal."""
-    keys = []
-    make_generator = tdmpc2.Run.make_generator
-
-    def record(run, name):
-        keys.append((name, run.global_step, run.pretraining_updates, run.updates))
-        return make_generator(run, name)
-
-    monkeypatch.setattr(tdmpc2.Run, "make_generator", record)
+    keys = record_generators(tdmpc2, monkeypatch)
     run_loop(tdmpc2_args(), FakeEnvs([5, 7]), tmp_path, script=tdmpc2)
     assert {name for name, *_ in keys} == {"act", "update"} and len(set(keys)) == len(keys)
     noise = tdmpc2.sample_update_noise(tdmpc2_args(), 2, generator_factory())

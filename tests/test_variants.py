@@ -8,7 +8,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, FakeEnvs, FakePlanner, generator, generator_factory, same, small_args, stack_expert, start
+from conftest import (
+    TASK,
+    FakeEnvs,
+    FakePlanner,
+    generator,
+    generator_factory,
+    record_generators,
+    same,
+    small_args,
+    stack_expert,
+    start,
+)
 from test_siblings import run_with_evaluations
 
 import bmpc
@@ -190,14 +201,7 @@ def test_additional_heads_do_not_change_the_shared_noise(heads, td_horizon, extr
 @each_script
 def test_each_generator_is_used_once(tmp_path, monkeypatch, script):
     """Generators with the same purpose, made at the same step and update, would repeat the same random numbers."""
-    keys = []
-    make_generator = script.Run.make_generator
-
-    def recorded_make_generator(run, purpose):
-        keys.append((purpose, run.global_step, run.pretraining_updates, run.updates))
-        return make_generator(run, purpose)
-
-    monkeypatch.setattr(script.Run, "make_generator", recorded_make_generator)
+    keys = record_generators(script, monkeypatch)
     flags = dict(initial_expert_from_behavior=False, td_horizon=2, reanalyze_interval=2) | VARIANT_FLAGS[script]
     run_with_evaluations(script, tmp_path, **flags)
     purposes = {"act", "expert", "update", "reanalyze"}

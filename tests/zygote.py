@@ -44,7 +44,7 @@ def preload():
     torch.use_deterministic_algorithms(True)  # imports further modules
     gymnasium.register_envs(shimmy)
     gymnasium.make("dm_control/cartpole-swingup-v0", disable_env_checker=True).close()  # imports dm_control
-    gc.freeze()  # a child would copy all pages of these objects when it collects garbage at its end: a second
+    gc.freeze()  # otherwise a child collects this garbage at its end, and copies all pages, which takes a second
 
 
 def main():
