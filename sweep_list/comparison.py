@@ -253,6 +253,10 @@ class Group:
         return [run for runs in self.configurations.values() for run in runs]
 
     @property
+    def done(self) -> bool:
+        return all(run.done for run in self.runs + self.baseline)
+
+    @property
     def question(self) -> str:
         return (self.runs + self.repeated + self.baseline)[0].question
 
@@ -260,13 +264,15 @@ class Group:
 def make_group(members: list[Run], runs: list[Run]) -> Group:
     """Group the runs of one sweep and task by configuration.
 
-    The baseline is the sweep that they name, else the configuration `baseline` among them if there are others.
+    The baseline is the sweep that they name (its configuration `baseline` if it has one), else the configuration
+    `baseline` among them if there are others.
     """
     sweep, task, named = members[0].sweep, members[0].task, members[0].baseline
     configurations: dict[str, list[Run]] = {}
     for run in members:
         configurations.setdefault(run.configuration, []).append(run)
     baseline = [run for run in runs if run.sweep == named != sweep and run.task == task]
+    baseline = [run for run in baseline if run.configuration == "baseline"] or baseline
     if not baseline and len(configurations) > 1:
         baseline = configurations.pop("baseline", [])
     repeated = configurations.pop(REPEATED_BASELINE, []) if baseline else []

@@ -20,18 +20,21 @@ def draw_published(panel, task: str, repeat: int, end: float) -> None:
         panel.fill_between(x[shown], curve[shown, 2], curve[shown, 3], color=colour, alpha=0.12, linewidth=0)
 
 
-def draw_panel(panel, group: Group, configuration: str, axis: str) -> None:
-    """Draw the mean over seeds as far as all of them have come, with its interval; of few seeds each as a thin line."""
+def draw_panel(panel, group: Group, configuration: str, axis: str, label: str) -> None:
+    """Draw the mean over seeds as far as all of them have come, with its interval; of few seeds each as a thin line.
+
+    label: the configuration's name in the legend.
+    """
     own, base = group.configurations[configuration], group.baseline
     lines = [("policy alone", "#0072B2", own, POLICY), ("planner", "black", own, PLANNER)]
     if base:  # Okabe and Ito's colours, which the colour-blind can tell apart
-        lines = [("baseline", "black", base, PLANNER), ("configuration", "#D55E00", own, PLANNER)]
-    for label, colour, runs, tag in lines:
+        lines = [("baseline", "black", base, PLANNER), (label, "#D55E00", own, PLANNER)]
+    for name, colour, runs, tag in lines:
         curves = [dict(run.curve(tag)) for run in runs if len(run.curve(tag)) and not run.damage]
         if curves:
             steps = sorted(set.intersection(*map(set, curves)))
             values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, evaluations)
-            panel.plot(steps, values.mean(0), label=label, color=colour, linewidth=2, zorder=4)
+            panel.plot(steps, values.mean(0), label=name, color=colour, linewidth=2, zorder=4)
             if len(values) > 5:
                 low, high = values.mean(0) - half_interval(values), values.mean(0) + half_interval(values)
                 panel.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -51,14 +54,20 @@ def draw_panel(panel, group: Group, configuration: str, axis: str) -> None:
 
 
 def draw_sweep(groups: list[Group], axis: str, file: Path) -> None:
-    """Draw a panel for each configuration, with its baseline."""
-    panels = [(group, configuration) for group in groups for configuration in group.configurations]
+    """Draw a panel for each configuration that has an evaluation, with its baseline."""
+    panels = [
+        (group, configuration)
+        for group in groups
+        for configuration, runs in group.configurations.items()
+        if any(len(run.curve()) for run in runs)
+    ]
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if columns > 1 else (6.8, 4.2))
     for number, panel in enumerate(panels, 1):
         shared = figure.axes[0] if figure.axes and len(groups) == 1 else None
-        draw_panel(figure.add_subplot(rows, columns, number, sharey=shared), *panel, axis)
+        label = "configuration" if len(panels) > 1 else panel[1].replace("__", ", ")
+        draw_panel(figure.add_subplot(rows, columns, number, sharey=shared), *panel, axis, label)
     figure.supylabel("evaluation return", fontsize=10)
     figure.tight_layout()
     keys = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -70,26 +79,27 @@ def draw_sweep(groups: list[Group], axis: str, file: Path) -> None:
 
 def draw_forest(groups: list[Group], file: Path) -> None:
     """Draw each configuration's difference to its baseline in the primary measure, grouped by question."""
-    rows: list[tuple[str, Difference | None]] = []
+    rows: list[tuple[str, Difference | None, str]] = []
     for group in groups:
-        rows.append((f"{group.question} ({group.task})", None))
-        rows += group.differences[PRIMARY].items()
+        rows.append((f"{group.question} ({group.task})", None, ""))
+        for name, one in group.differences[PRIMARY].items():
+            rows.append((name, one, one.verdict if group.done else "unfinished"))
     panel = Figure(figsize=(6, 1 + 0.25 * len(rows))).subplots()
-    panel.set_yticks(range(len(rows)), [name.replace("__", ", ") for name, _ in rows], fontsize=8.5)
+    panel.set_yticks(range(len(rows)), [name.replace("__", ", ") for name, *_ in rows], fontsize=8.5)
     style = dict(transform=panel.get_yaxis_transform(), va="center", fontsize=8, family="monospace")
     layout = "{:22}{:>7}  {}"
     panel.text(1.02, -1, layout.format("% [95 %, Welch]", "p", "answer"), **style)
-    for y, (_name, one) in enumerate(rows):
+    for y, (_name, one, verdict) in enumerate(rows):
         if one is None:
             panel.get_yticklabels()[y].set_weight("bold")
             continue
-        colour = {"better": "#0072B2", "worse": "#D55E00"}.get(one.verdict, "black")
+        colour = {"better": "#0072B2", "worse": "#D55E00"}.get(verdict, "black")
         estimate, low, high = map(one.percent, one.interval)
         seeds = one.percent(one.values - one.base.mean())
         panel.plot(seeds, [y] * len(seeds), "o", color=colour, alpha=0.3, markersize=3)
         panel.plot([low, high], [y, y], color=colour, linewidth=1.5)
         panel.plot(estimate, y, "D", color=colour, markersize=5)
-        panel.text(1.02, y, layout.format(one.of_area, f"{one.p:.2g}", one.verdict), color=colour, **style)
+        panel.text(1.02, y, layout.format(one.of_area, f"{one.p:.2g}", verdict), color=colour, **style)
     panel.axvline(0, color="black", linewidth=0.8, zorder=1)
     panel.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"{PRIMARY}, difference in % of the baseline's")
     panel.tick_params("y", length=0)

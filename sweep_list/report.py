@@ -127,9 +127,9 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 def unfinished(group: Group) -> list[str]:
     """Say how many runs are missing, if any."""
-    done = [sum(run.done for run in runs) for runs in (group.runs, group.baseline)]
-    if done == [len(group.runs), len(group.baseline)]:
+    if group.done:
         return []
+    done = [sum(run.done for run in runs) for runs in (group.runs, group.baseline)]
     beside = f", baseline {done[1]} of {len(group.baseline)}" if group.baseline else ""
     return [f"**not enough data**: {done[0]} of {len(group.runs)} runs{beside}"]
 

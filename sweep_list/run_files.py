@@ -170,17 +170,25 @@ def read_metrics(file: Path, finished: bool, problems: list[str]) -> dict[str, n
     return {tag: np.array(values) for tag, values in points.items()}
 
 
-# --- Export: the returns and the origin of finished runs, small enough to commit -------------------------------------
+# --- Export: the returns and the origin of runs, small enough to commit ----------------------------------------------
 
 
 def export_runs(runs: list[Run], folder: Path) -> None:
-    """Write NAME.csv with the returns of each finished run, and add its command and versions to runs.json."""
+    """Write NAME.csv with the returns of each finished run, and add its command and versions to runs.json.
+
+    Unfinished runs are listed there too, so that the page of an unfinished sweep says what is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
     entries = read_json(folder / "runs.json", {}, problems)
     if problems:
         sys.exit(f"report.py: {problems[0]}; nothing was exported")
-    for run in (run for run in runs if run.done):
+    for run in runs:
+        entry = {key: getattr(run, key) for key in RUN_FIELDS}
+        entry["command"] = re.sub(r"^\S+ (\S*/)?", "python ", run.command)  # without the folders of this machine
+        if not run.done:
+            entries.setdefault(run.name, entry | {"finished": False})
+            continue
         columns = {name: dict(run.curve(tag)) for name, tag in COLUMNS.items()}
         steps = sorted(columns["planner_return"].keys() | columns["policy_return"].keys())
         columns = {name: curve for name, curve in columns.items() if curve or name.endswith("return")}
@@ -193,8 +201,7 @@ def export_runs(runs: list[Run], folder: Path) -> None:
             rows.append(row)
         text = "".join(",".join(row) + "\n" for row in rows)
         (folder / to_path(f"{run.name}.csv")).write_text(text, encoding="utf-8")
-        entries[run.name] = {key: getattr(run, key) for key in RUN_FIELDS} | {
-            "command": re.sub(r"^\S+ (\S*/)?", "python ", run.command),  # without the folders of this machine
+        entries[run.name] = entry | {
             "args": {key: run.args[key] for key in EXPORTED_ARGS if key in run.args},
             "decisions_a_second": [round(float(speed), 1) for speed in speeds([run])],
             "versions": {key: value for key, value in run.versions.items() if key != "command"},
@@ -204,17 +211,19 @@ def export_runs(runs: list[Run], folder: Path) -> None:
 
 
 def load_exported(folder: Path) -> list[Run]:
-    """Return the runs that `export_runs` wrote. Their metrics are the columns of the CSV and one speed."""
+    """Return the runs that `export_runs` listed. A finished one has the metrics of its CSV, and its speed."""
     runs = []
     for name, entry in json.loads((folder / "runs.json").read_text(encoding="utf-8")).items():
+        finished = entry.get("finished", True)
         file = folder / to_path(f"{name}.csv")
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        metrics = {SPEED: np.array([(entry["steps"], speed) for speed in entry["decisions_a_second"]]).reshape(-1, 2)}
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if finished else []
+        speed = [(entry["steps"], speed) for speed in entry.get("decisions_a_second", [])]
+        metrics = {SPEED: np.array(speed).reshape(-1, 2)}
         for column, tag in COLUMNS.items():
             points = [(float(row["global_step"]), float(row[column])) for row in rows if row.get(column)]
             metrics[tag] = np.array(points).reshape(-1, 2)
-        fields = {key: entry[key] for key in RUN_FIELDS} | {"args": entry["args"], "versions": entry["versions"]}
-        runs.append(Run(folder / to_path(name), **fields, finished=True, damage="", metrics=metrics))
+        fields = {key: entry[key] for key in RUN_FIELDS} | {key: entry.get(key, {}) for key in ("args", "versions")}
+        runs.append(Run(folder / to_path(name), **fields, finished=finished, damage="", metrics=metrics))
     return sorted(runs, key=lambda run: (run.sweep, run.configuration, run.task, run.seed))
 
 

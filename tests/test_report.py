@@ -256,6 +256,22 @@ def test_a_sweep_may_contain_its_baseline_and_compare_scripts_on_several_tasks(l
     assert report.over_tasks(groups[:1]) == []
 
 
+def test_of_a_named_sweep_the_configuration_baseline_is_the_baseline(lab, monkeypatch):
+    """Also while the sweep is unfinished; then the forest plot gives no answer."""
+    lab.seeds("1_test", "baseline", 100, 108).seeds("1_test", "tdmpc2", 20, 28)
+    lab.seeds("2h_dual_policy", "dual_policy", 500, 508)
+    (group,) = lab.groups("2h_dual_policy")
+    assert [run.configuration for run in group.baseline] == ["baseline"] * 2 and group.done
+    assert re.match(r"- `dual_policy`: \*\*better\*\*, \+300.0 ", *lab.answer("2h_dual_policy"))
+    lab.run("1_test", "baseline", 3)
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0].texts[-1]))
+    figures.draw_forest(lab.groups("2h_dual_policy"), lab.folder)
+    lab.lines.pop()
+    figures.draw_forest(lab.groups("2h_dual_policy"), lab.folder)
+    assert [text.get_text().split()[-1] for text in drawn] == ["unfinished", "better"]
+
+
 def test_the_repeated_baseline_is_a_check_and_no_comparison(lab):
     again = comparison.REPEATED_BASELINE
     lab.seeds("1_test", "baseline", 100, 110).seeds("2c_expert_source", again, 100, 110)
@@ -407,7 +423,7 @@ def test_a_damaged_run_is_told_with_its_path_and_the_others_go_on(lab, name, con
     assert f"- damaged, not counted as done: {folder / name}: " in page and "1 of 3 runs are done" in page
     assert "| `baseline` | 1 of 3 |" in page
     run_files.export_runs(runs, lab.folder / "kept")
-    assert [run.seed for run in run_files.load_exported(lab.folder / "kept")] == [2]
+    assert [run.seed for run in run_files.load_exported(lab.folder / "kept") if run.done] == [2]
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -453,7 +469,10 @@ def test_the_page_and_what_is_exported(lab):
 
     folder = lab.folder / "results"
     lab.page("--export", folder)
-    assert len(list(folder.glob("*.csv"))) == 4 and "4 of 4 runs are done" in (folder / "report.md").read_text("utf-8")
+    kept = (folder / "report.md").read_text("utf-8")
+    assert len(list(folder.glob("*.csv"))) == 4 and "4 of 6 runs are done" in kept
+    for unfinished in (sections["2a_utd"], "**not enough data**: 0 of 1 runs, baseline 2 of 2"):
+        assert f"\n\n{unfinished}\n\n" in kept  # what is missing is not forgotten
     assert (folder / "dog-run__bmpc__1__1_test__baseline.csv").read_text() == (
         "global_step,env_steps,planner_return,policy_return\n"
         "0,0,0,0\n100,200,50,50\n200,400,100,100\n300,600,100,100\n400,800,100,100\n"
@@ -493,6 +512,9 @@ def test_kept_runs_are_whole_and_the_sweep_still_says_their_commands(folder):
         args = meaning(about["command"])
         assert args in said and name == f"{args.env_id}__{args.exp_name}__{args.seed}__{args.run_name}"
         assert args.seed == about["seed"] and args.total_timesteps == about["steps"], name
+        if not about.get("finished", True):
+            assert not (folder / f"{name}.csv").exists(), name
+            continue
         assert {"git_commit", "torch", "mujoco", "dm_control"} <= set(about["versions"]), name
         rows = list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
         steps = [int(row["global_step"]) for row in rows]
@@ -509,7 +531,8 @@ def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
     files = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")}
     again = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*.*")}
     drawn_here = f"Matplotlib version{matplotlib.__version__},".encode()
-    assert again.keys() == files.keys() and len(list(folder.glob("*.csv"))) == len(run_files.load_exported(folder))
+    finished = [run for run in run_files.load_exported(folder) if run.done]
+    assert again.keys() == files.keys() and len(list(folder.glob("*.csv"))) == len(finished)
     for name, content in files.items():
         assert again[name] == content or (name.suffix == ".png" and drawn_here not in content), name
 
