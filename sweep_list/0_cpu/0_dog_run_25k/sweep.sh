@@ -12,9 +12,7 @@
 #   their mean, both get n seeds, the smallest n from 8 to 12 for which Welch's test tells a difference of 30 % with a
 #   power of 0.8. Then utd_ratio_4 with n seeds, its baseline and dual_policy with 8. If time is short, the last arms
 #   are dropped, never seeds of the first two.
-# - utd_ratio_4 is compared with the baseline over decisions and, at equal compute, over seconds (--axis seconds). For the
-#   latter its baseline has 3.2 times the decisions, since four updates per decision took about 3.2 times as long on
-#   cartpole-swingup. It is a sweep of its own: reports compare runs in the range that all runs of a sweep cover.
+# - The last two arms are sweeps of their own, 0_dog_run_25k_utd and 0_dog_run_25k_dual.
 # - All runs count.
 seeds {21..28}
 flags --task dog-run --steps 25000 --eval-freq 5000 --eval-episodes 4
@@ -24,14 +22,3 @@ question "Does BMPC learn dog-run faster than TD-MPC2, with small networks?"
 reanalyze=(--reanalyze-batch-size 5) # unknown to tdmpc2.py
 run bmpc.py baseline "${reanalyze[@]}"
 run tdmpc2.py tdmpc2
-
-question "Does a second policy for exploration help?"
-baseline=0_dog_run_25k sweep=0_dog_run_25k_dual
-run bmpc_dual_policy.py dual_policy "${reanalyze[@]}" \
-  --planner-num-dynamics-heads 2 --ensemble-lr-scaling --planner-value-std-coef-train 1 \
-  --local-td-bootstrap --dual-policy-enabled
-
-question "Are four updates per decision better, at equal decisions and at equal compute?"
-baseline=0_dog_run_25k_utd sweep=0_dog_run_25k_utd # its own baseline
-run bmpc.py baseline "${reanalyze[@]}" --steps 80000
-run bmpc.py utd_ratio_4 "${reanalyze[@]}" --utd-ratio 4
