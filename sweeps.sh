@@ -8,8 +8,8 @@
 #   --dry-run        print the command of each run, one per line, and run nothing
 #   --status         print which runs are done, running, failed or waiting
 #   --report         write runs/report/report.md
-#   --export DIR     with --report: copy the curves, commands and versions of the finished runs to DIR, and write the
-#                    report there
+#   --export DIR     with --report: copy the curves, commands and versions of the finished runs to DIR, list the others
+#                    there, and write the report there
 #   --axis AXIS      with --report: draw the curves over decisions, updates or seconds
 #   --slurm          submit a SLURM job array with one task per run
 #   --sbatch OPTIONS with --slurm: options for sbatch, such as "--partition=gpu --gres=gpu:1 --time=24:00:00"
@@ -87,10 +87,13 @@ include() {
   [[ $found ]] || die "$sweep includes ${*}, which is not in $sweep_list; name a GROUP or a GROUP and a SWEEP of it"
 }
 
-# Read a sweep.sh. It may also set `baseline`, the sweep that it is compared with, and `sweep`, its own name.
+# Read a sweep.sh. It may also set `baseline`, the sweep whose configuration `baseline` it is compared with, and `sweep`,
+# its own name.
 read_sweep() {  # FILE [PREFIX]
   local folder=${1%/*} common_flags=("${common_flags[@]}") seed_list=("${seed_list[@]}")
-  local sweep=${2-}${folder##*/} baseline=${2-}1_test sweep_question=${2-}${folder##*/}
+  local sweep=${2-}${folder##*/} sweep_question=${2-}${folder##*/}
+  local baseline=$sweep
+  [[ ! -e ${folder%/*}/1_test ]] || baseline=${2-}1_test  # if its group has one
   source "$1"
 }
 

@@ -26,7 +26,7 @@ def derived_updates(run: Run, steps: np.ndarray) -> np.ndarray:
 def to_axis(run: Run, curve: np.ndarray, axis: str) -> np.ndarray:  # (n, 2) -> (m, 2)
     """Replace global_step by the axis. Of several points at one value the last stays; without values none does."""
     steps, logged = curve[:, 0], run.curve(AXES[axis])
-    if axis == "decisions":
+    if axis == "decisions" or not len(curve):
         return curve
     if len(logged):
         x = np.interp(steps, *logged.T)
@@ -264,17 +264,15 @@ class Group:
 def make_group(members: list[Run], runs: list[Run]) -> Group:
     """Group the runs of one sweep and task by configuration.
 
-    The baseline is the sweep that they name (its configuration `baseline` if it has one), else the configuration
-    `baseline` among them if there are others.
+    The baseline is the configuration `baseline` of the sweep that they name, else theirs if they have others.
     """
     sweep, task, named = members[0].sweep, members[0].task, members[0].baseline
     configurations: dict[str, list[Run]] = {}
     for run in members:
         configurations.setdefault(run.configuration, []).append(run)
-    baseline = [run for run in runs if run.sweep == named != sweep and run.task == task]
-    baseline = [run for run in baseline if run.configuration == "baseline"] or baseline
-    if not baseline and len(configurations) > 1:
-        baseline = configurations.pop("baseline", [])
+    baseline = [run for run in runs if (run.sweep, run.task, run.configuration) == (named, task, "baseline")]
+    if named == sweep or not baseline:
+        baseline = configurations.pop("baseline", []) if len(configurations) > 1 else []
     repeated = configurations.pop(REPEATED_BASELINE, []) if baseline else []
     return Group(task, configurations, baseline, repeated, {name: {} for name in MEASURES})
 

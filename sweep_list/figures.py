@@ -41,7 +41,7 @@ def draw_panel(panel, group: Group, configuration: str, axis: str, label: str) -
             else:
                 panel.plot(steps, values.T, color=colour, linewidth=0.6, alpha=0.5, zorder=3)
     repeat = next((run.args["action_repeat"] for run in own + base if "action_repeat" in run.args), 1)
-    if axis == "decisions" and all(run.full_size for run in own):
+    if axis == "decisions" and any(run.full_size for run in own):
         ends = [run.curve()[-1, 0] for run in own if len(run.curve())]
         draw_published(panel, group.task, repeat, max(ends, default=0))
     panel.set_title(f"{group.task}\n{configuration.replace('__', ', ')}", fontsize=10)
@@ -53,19 +53,19 @@ def draw_panel(panel, group: Group, configuration: str, axis: str, label: str) -
     panel.axhline(0, color="black", linewidth=0.8)
 
 
-def draw_sweep(groups: list[Group], axis: str, file: Path) -> None:
-    """Draw a panel for each configuration that has an evaluation, with its baseline."""
-    panels = [
-        (group, configuration)
-        for group in groups
-        for configuration, runs in group.configurations.items()
-        if any(len(run.curve()) for run in runs)
-    ]
+def sweep_panels(groups: list[Group]) -> list[tuple[Group, str]]:
+    """Return the groups and configurations that have an evaluation to draw."""
+    drawn = lambda runs: any(len(run.curve()) and not run.damage for run in runs)
+    return [(group, name) for group in groups for name, runs in group.configurations.items() if drawn(runs)]
+
+
+def draw_sweep(panels: list[tuple[Group, str]], axis: str, file: Path) -> None:
+    """Draw each configuration, with its baseline, in a panel. The panels of one task share their y axis."""
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if columns > 1 else (6.8, 4.2))
     for number, panel in enumerate(panels, 1):
-        shared = figure.axes[0] if figure.axes and len(groups) == 1 else None
+        shared = figure.axes[0] if figure.axes and len({group.task for group, _ in panels}) == 1 else None
         label = "configuration" if len(panels) > 1 else panel[1].replace("__", ", ")
         draw_panel(figure.add_subplot(rows, columns, number, sharey=shared), *panel, axis, label)
     figure.supylabel("evaluation return", fontsize=10)

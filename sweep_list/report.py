@@ -3,8 +3,8 @@
     bash sweeps.sh all --status                      print the state of each run
     bash sweeps.sh all --report                      write runs/report/report.md
     bash sweeps.sh all --report --axis updates       compare over updates (or seconds) instead of decisions
-    bash sweeps.sh all --report --export DIR         keep the finished runs in DIR, a CSV of returns for each and their
-                                                     commands and versions in runs.json, and write the page from these
+    bash sweeps.sh all --report --export DIR         keep the finished runs in DIR, a CSV of returns for each and the
+                                                     commands of all runs in runs.json, and write the page from these
     python sweep_list/report.py --replot DIR         write that page again, from the CSVs alone
 
 sweeps.sh passes the list of runs on standard input: one line for each run, fields separated by tabs. The numbers come
@@ -158,7 +158,7 @@ def repetition_check(group: Group) -> list[str]:
     """Sweep 2c contains the baseline's own flags. The same seed must give the same curve to the last bit."""
     equal, different = [], []
     for run in group.repeated:
-        twins = [twin for twin in group.baseline if twin.seed == run.seed and len(twin.curve())]
+        twins = [twin for twin in group.baseline if twin.seed == run.seed and twin.done and run.done]
         for twin in twins:
             (equal if np.array_equal(run.curve(), twin.curve()) else different).append(str(run.seed))
     if not equal and not different:
@@ -251,11 +251,11 @@ def page(runs: list[Run], out: Path, axis: str = "decisions") -> str:
     """Return the report as Markdown and write its figures below `out`."""
     prefix = "" if axis == "decisions" else f"{axis}_"
     about = set()
-    for run in runs:
+    for run in [run for run in runs if run.args] or runs:  # runs that have not been started have no args
         sizes = ", ".join(f"{name} {run.args[name]}" for name in SIZE_FIELDS if name in run.args)
         about.add(f"{run.task}, {run.steps:,} decisions" + (f" ({sizes})" if sizes else ""))
     done = f"{sum(run.done for run in runs)} of {len(runs)} runs are done. Runs: {'; '.join(sorted(about))}."
-    from figures import draw_forest, draw_sweep  # matplotlib takes a second
+    from figures import draw_forest, draw_sweep, sweep_panels  # matplotlib takes a second
 
     parts = ["# Sweep report" + f" over {axis}" * bool(prefix)]
     parts += [f"{done} The answers hold for these tasks, sizes and lengths."]
@@ -272,11 +272,14 @@ def page(runs: list[Run], out: Path, axis: str = "decisions") -> str:
     for sweep, groups in sweeps.items():
         parts.append(f"## {groups[0].question} ({sweep})")
         for group in groups:
-            parts += [f"**{group.task}**"] * (len(groups) > 1) + answer(group) + repetition_check(group)
-            parts += [table(group)] + (beside_published(group) if axis == "decisions" else [])
+            parts += [f"**{group.task}**"] * (len(groups) > 1) + answer(group)
+            if axis == "decisions":
+                parts += [*repetition_check(group), table(group), *beside_published(group)]
+            else:
+                parts.append(table(group))
         parts += over_tasks(groups)
-        if any(len(run.curve()) for group in groups for run in group.runs):
-            draw_sweep(groups, axis, out / "figures" / f"{prefix}{sweep}.png")
+        if panels := sweep_panels(groups):
+            draw_sweep(panels, axis, out / "figures" / f"{prefix}{sweep}.png")
             parts.append(f"![Learning curves of {sweep}](figures/{prefix}{sweep}.png)")
     return "\n\n".join([part for part in parts if part] + [NOTES])
 

@@ -176,13 +176,14 @@ def read_metrics(file: Path, finished: bool, problems: list[str]) -> dict[str, n
 def export_runs(runs: list[Run], folder: Path) -> None:
     """Write NAME.csv with the returns of each finished run, and add its command and versions to runs.json.
 
-    Unfinished runs are listed there too, so that the page of an unfinished sweep says what is missing.
+    Unfinished runs are listed there too, until the next export, so that the page says what is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
     entries = read_json(folder / "runs.json", {}, problems)
     if problems:
         sys.exit(f"report.py: {problems[0]}; nothing was exported")
+    entries = {name: entry for name, entry in entries.items() if entry.get("finished", True)}
     for run in runs:
         entry = {key: getattr(run, key) for key in RUN_FIELDS}
         entry["command"] = re.sub(r"^\S+ (\S*/)?", "python ", run.command)  # without the folders of this machine

@@ -257,7 +257,7 @@ def test_a_sweep_may_contain_its_baseline_and_compare_scripts_on_several_tasks(l
 
 
 def test_of_a_named_sweep_the_configuration_baseline_is_the_baseline(lab, monkeypatch):
-    """Also while the sweep is unfinished; then the forest plot gives no answer."""
+    """While the named sweep is unfinished, the forest plot gives no answer."""
     lab.seeds("1_test", "baseline", 100, 108).seeds("1_test", "tdmpc2", 20, 28)
     lab.seeds("2h_dual_policy", "dual_policy", 500, 508)
     (group,) = lab.groups("2h_dual_policy")
@@ -283,6 +283,8 @@ def test_the_repeated_baseline_is_a_check_and_no_comparison(lab):
     lab.seeds("0__1_test", "baseline", 100), lab.run("0__2c_expert_source", again, 1, [0, 50, 100, 99, 100])
     (line,) = report.repetition_check(lab.groups("0__2c_expert_source")[0])
     assert line.endswith("**The curves of seeds 1 differ from the baseline's.**")
+    lab.seeds("9__1_test", "baseline", 100), lab.run("9__2c_expert_source", again, 1, [0, 50], done=False)
+    assert report.repetition_check(lab.groups("9__2c_expert_source")[0]) == []
 
 
 def test_speeds_of_the_same_hour_alone_are_compared(lab):
@@ -317,6 +319,7 @@ def test_an_axis_ends_at_the_largest_value_that_all_reach(lab, axis, tag):
         lab.run("1_test", "baseline", seed, [0, 10, 20, 30, 40], tags={tag: [0, 1000, 2000, 3000, 4000]})
         lab.run("2a_utd", "utd_ratio_2", seed, [0, 10, 20, 30, 40], tags={tag: [0, 2000, 4000, 6000, 8000]})
     lab.run("2a_utd", "utd_ratio_4", 1, [0, 10], done=False, tags={tag: [0, 100]})  # limits nothing
+    lab.run("2a_utd", "utd_ratio_4", 2)  # not started
     runs, notes = comparison.over_axis(lab.read(), axis)
     assert notes[0] == f"1_test, dog-run: compared from 0 to 4,000 {axis}."
     curves = {run.configuration: run.curve().tolist() for run in runs}

@@ -166,7 +166,7 @@ def test_seeds():
     assert parsed_runs(lines) == expected_runs(["1_test", "2c_expert_source"], (1, 2, 3, 4, 5))
     seed_of = lambda line: int(re.search(r" --seed (\d+) ", line)[1])
     numbers = {"0_dog_run": 1, "0_baseline": 5, "0_ablations": 24, "0_rehearsal": 24, "0_3a_combined": 2}
-    numbers["0_tdmpc2"] = 10
+    numbers |= {"0_tdmpc2": 10, "0_dog_run_25k": 2, "0_dog_run_25k_utd": 2, "0_dog_run_25k_dual": 2}
     for sweep, number in numbers.items():
         lines = Lab().dry_run(sweep, SWEEPS_SEEDS="7,9")
         assert Counter(seed_of(line) for line in lines) == {7: number, 9: number}
@@ -176,10 +176,19 @@ def test_seeds():
     assert re.findall(r"waiting.*__bmpc__(\d)__2d", status.stdout) == ["3", "4", "5"] and status.returncode == 75
 
 
-def test_a_sweep_that_names_its_baseline_is_compared_with_it(tmp_path):
-    assert Lab(cwd=tmp_path).run("0_3a_combined", "--report").returncode == 0
+@pytest.mark.parametrize(
+    "sweeps, counts",
+    [
+        (["0_3a_combined"], ["10 runs, baseline 0 of 10"]),
+        (["0_dog_run_25k_dual"], ["8 runs, baseline 0 of 8", "8 runs"]),  # the section of the baseline follows
+        (["0_dog_run_25k", "1_test"], ["8 runs, baseline 0 of 8", "2 runs"]),  # not the plan's 1_test
+    ],
+    ids=str,
+)
+def test_a_sweep_is_compared_with_the_baseline_that_it_names_or_has(tmp_path, sweeps, counts):
+    assert Lab(cwd=tmp_path).run(*sweeps, "--report").returncode == 0
     page = (tmp_path / "runs/report/report.md").read_text()
-    assert "0 of 10 runs, baseline 0 of 10\n" in page
+    assert re.findall(r"enough data\*\*: 0 of (.*)", page)[: len(counts)] == counts
 
 
 def test_td_mpc2_runs_beside_the_runs_of_the_small_baseline():

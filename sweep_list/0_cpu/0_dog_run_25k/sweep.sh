@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The plan's task, dog-run, with networks of 128 units: does BMPC learn it faster than TD-MPC2? Registered before its
-# first run, with seeds that no run had used before.
+# The plan's task, dog-run, with networks of 128 units: does BMPC learn it faster than TD-MPC2? Registered on
+# 30 November 2026 at 04:13, before its first run at 04:46, with seeds that no run had used before.
 #
 # - Size: an earlier run of 20 000 decisions at this size, of another seed, had returns of 8 after 5 000, 29 after 10 000,
 #   33 after 15 000 and 59 after 20 000; random actions earn 5. A run takes 15 to 50 minutes of one core.
@@ -10,9 +10,12 @@
 # - Measure: the area under the planner's curve decides. The policy's area and the final return are reported beside it.
 # - Order and seeds: eight of baseline and of tdmpc2 first. With the standard deviation s of the eight baselines, in % of
 #   their mean, both get n seeds, the smallest n from 8 to 12 for which Welch's test tells a difference of 30 % with a
-#   power of 0.8. Then utd_ratio_4 with n seeds, its baseline and dual_policy with 8. If time is short, the last arms
-#   are dropped, never seeds of the first two.
-# - The last two arms are sweeps of their own, 0_dog_run_25k_utd and 0_dog_run_25k_dual.
+#   power of 0.8. Then utd_ratio_4 with n seeds; then, with eight seeds each, a longer baseline for the comparison at
+#   equal compute, and dual_policy. If time is short, the last arms are dropped, never seeds of the first two.
+# - Changed at 10:07, when seed 21 of both scripts was finished and baseline 22 was at 11 000 decisions: the last arms
+#   became sweeps of their own, 0_dog_run_25k_utd and 0_dog_run_25k_dual. Over decisions, utd_ratio_4 was to be compared
+#   with the baseline of this folder; now with the first 25 000 decisions of the longer baseline, whose seeds and
+#   algorithm are the same. Each sweep is one comparison, so no p is corrected.
 # - All runs count.
 seeds {21..28}
 flags --task dog-run --steps 25000 --eval-freq 5000 --eval-episodes 4

@@ -3,8 +3,11 @@
 question "Does a second policy for exploration help on dog-run, with small networks?"
 seeds {21..28}
 flags --task dog-run --steps 25000 --eval-freq 5000 --eval-episodes 4
-flags --num-samples 64 --num-elites 8 --num-pi-trajs 4 --iterations 4 --reanalyze-batch-size 5
+flags --num-samples 64 --num-elites 8 --num-pi-trajs 4 --iterations 4
 
-baseline=0_dog_run_25k run bmpc_dual_policy.py dual_policy \
+reanalyze=(--reanalyze-batch-size 5)
+baseline=0_dog_run_25k
+run bmpc_dual_policy.py dual_policy "${reanalyze[@]}" \
   --planner-num-dynamics-heads 2 --ensemble-lr-scaling --planner-value-std-coef-train 1 \
   --local-td-bootstrap --dual-policy-enabled
+sweep=$baseline run bmpc.py baseline "${reanalyze[@]}" # the same runs
