@@ -652,6 +652,21 @@ def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
     assert comparison.relative_speed(twin, base) == ""
 
 
+def test_results_readme_has_what_is_finished_of_dog_run():
+    runs = exported("dog_run_25k")
+    own, base = (comparison.measured(of(runs, name), *comparison.MEASURES[PRIMARY]) for name in ("tdmpc2", "baseline"))
+    one = comparison.welch(own, base)
+    estimate, low, high = (-one.percent(x) for x in one.interval)
+    sentence = f"{estimate:.1f} % [{high:.1f}, {low:.1f}] lower than BMPC's (Welch's interval, p {one.p:.2g})"
+    assert sentence in results_readme()
+    for name in ("baseline", "tdmpc2"):
+        finished = [run for run in of(runs, name) if run.done]
+        cells = [", ".join(str(run.seed) for run in finished)]
+        for measure in comparison.MEASURES.values():
+            cells.append(", ".join(f"{value:.1f}" for value in comparison.measured(finished, *measure)))
+        assert f"(`{name}`) | {' | '.join(cells)} |" in results_readme()
+
+
 def test_results_readme_has_the_table():
     """Mean of the last three evaluations over seeds, with t-intervals: planner, policy alone, and their difference."""
     for folder in ("baseline", "dog_run"):
