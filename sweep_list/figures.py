@@ -20,7 +20,7 @@ def draw_published(panel, task: str, repeat: int, end: float) -> None:
         panel.fill_between(x[shown], curve[shown, 2], curve[shown, 3], color=colour, alpha=0.12, linewidth=0)
 
 
-def draw_panel(panel, group: Group, configuration: str, axis: str, label: str) -> None:
+def draw_panel(panel, group: Group, configuration: str, axis: str, label: str = "configuration") -> None:
     """Draw the mean over seeds as far as all of them have come, with its interval; of few seeds each as a thin line.
 
     label: the configuration's name in the legend.
@@ -66,8 +66,8 @@ def draw_sweep(panels: list[tuple[Group, str]], axis: str, file: Path) -> None:
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows) if columns > 1 else (6.8, 4.2))
     for number, panel in enumerate(panels, 1):
         shared = figure.axes[0] if figure.axes and len({group.task for group, _ in panels}) == 1 else None
-        label = "configuration" if len(panels) > 1 else panel[1].replace("__", ", ")
-        draw_panel(figure.add_subplot(rows, columns, number, sharey=shared), *panel, axis, label)
+        named = {} if len(panels) > 1 else {"label": panel[1].replace("__", ", ")}
+        draw_panel(figure.add_subplot(rows, columns, number, sharey=shared), *panel, axis, **named)
     figure.supylabel("evaluation return", fontsize=10)
     figure.tight_layout()
     keys = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -54,9 +54,9 @@ def send(name):
         os.killpg(os.getpgrp(), getattr(signal, name))
 
 
-def ignore(script, name):
-    """Ignore the signal `name`, as a process that nohup starts."""
-    signal.signal(signal.Signals[name], signal.SIG_IGN)
+def inherit(script, name, handler):
+    """Start with this handler of the signal `name`: SIG_IGN as under nohup, SIG_DFL even if the tests run under it."""
+    signal.signal(signal.Signals[name], signal.Handlers[handler])
 
 
 def strike(script, name, path, number, inside=""):

@@ -309,9 +309,10 @@ def test_output_that_nobody_reads_ends_nothing(tmp_path):
     assert checkpoint(tmp_path)["global_step"] > 0
 
 
-@pytest.mark.parametrize("ignored, code", [([], bmpc.EXIT_RESUMABLE), ([("ignore", "SIGHUP")], 0)])
-def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it(tmp_path, ignored, code):
-    run = run_task(tmp_path, "Arrays", moments=[*ignored, ("strike", "SIGHUP", "train_step", 20)])
+@pytest.mark.parametrize("handler, code", [("SIG_DFL", bmpc.EXIT_RESUMABLE), ("SIG_IGN", 0)])
+def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it(tmp_path, handler, code):
+    moments = [("inherit", "SIGHUP", handler), ("strike", "SIGHUP", "train_step", 20)]
+    run = run_task(tmp_path, "Arrays", moments=moments)
     assert run.code == code and gone(run), run
 
 

@@ -482,7 +482,11 @@ def test_runs_are_stopped_when_the_output_is_closed(lab, event):
     options = ["2d", "--jobs", "2", *SHORT]
     if event == "the terminal closes":
         terminal, terminal_end = os.openpty()
-        attach = lambda: fcntl.ioctl(terminal_end, termios.TIOCSCTTY, 0)
+
+        def attach():
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests run under nohup
+            fcntl.ioctl(terminal_end, termios.TIOCSCTTY, 0)
+
         process = lab.start(*options, streams=terminal_end, preexec_fn=attach, FAKE_GATE=lab.cwd / "gate")
         os.close(terminal_end)
         stopped = lab.wait_at_gate(2)
