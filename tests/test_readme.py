@@ -164,7 +164,7 @@ def test_what_the_two_commands_reach():
         rows = list(csv.DictReader(path.read_text().splitlines()))
         assert int(rows[-1]["global_step"]) == bmpc.PRESETS["small"]["total_timesteps"]
         last.append(round(float(rows[-1]["planner_return"])))
-    assert "our three seeds: {}, {} and {} of 1 000".format(*last) in TEXT
+    assert "Three seeds reached {}, {} and {} of 1 000".format(*last) in TEXT
     published = csv.DictReader((ROOT / "results" / "published" / "dmc.csv").read_text().splitlines())
     env_steps = str(2 * bmpc.Args().total_timesteps)
     point = ("BMPC", bmpc.Args().env_id, env_steps)
