@@ -1912,7 +1912,7 @@ def run_episodes(
     prev_mean = run.prev_mean.new_zeros(num_envs, *run.prev_mean.shape[1:])
     returns = np.zeros(args.eval_episodes)
     frames = []
-    # Of the current episode of each environment; episodes from eval_episodes on do not count
+    # The number of each environment's current episode. Episodes with a number of eval_episodes or more do not count
     episode_ids = np.arange(num_envs)
     next_episode = num_envs
     errors_in_a_row = 0

@@ -264,7 +264,8 @@ class Group:
 def make_group(members: list[Run], runs: list[Run]) -> Group:
     """Group the runs of one sweep and task by configuration.
 
-    The baseline is the configuration `baseline` of the sweep that they name, else theirs if they have others.
+    The baseline is the configuration `baseline` of the sweep that they name. Without one it is their own configuration
+    `baseline`, if there are others beside it.
     """
     sweep, task, named = members[0].sweep, members[0].task, members[0].baseline
     configurations: dict[str, list[Run]] = {}
