@@ -80,10 +80,8 @@ INVALID = {
     # Values that tyro rejects. A space makes a key unique
     "kl_reduction": ["max"], "model_size": [2, "big"], "seed ": ["one"], "lr ": ["fast"], "no_such_flag": [1],
 }  # fmt: skip
-# A word of the error message, where it names none of the words of the flag
-MESSAGE_WORDS = {"num_pi_trajs": "proposals", "horizon": "window", "vmin": "bins"}
-MESSAGE_WORDS |= {"no_such_flag": "-flag"}
-MESSAGE_WORDS |= {"env_kwargs": "made", "vmax": "bins", "batch_size": "windows", "resume": "holds", "evaluate": "holds"}
+# What an error message contains instead of the flag
+MESSAGES = {"env_kwargs": "cannot be made", "resume": "holds no", "evaluate": "holds no"}
 
 
 @pytest.mark.parametrize("name", INVALID)
@@ -103,9 +101,9 @@ def test_invalid_values_are_rejected(tmp_path, monkeypatch, capsys, name):
         assert code == 2 and not list(Path.cwd().iterdir()) and output.out.count("\n") == expected_lines
         if not from_tyro:
             assert output.err.count("\n") == 1 and output.err.startswith("bmpc.py: error: "), output.err
-        words = [*name.strip().split("_"), MESSAGE_WORDS.get(name, name)]
-        words = [value or "cannot be made"] if name == "env_id" else words  # these messages name the task, not its flag
-        assert any(word in output.err for word in words), output.err
+        flag = "--" + name.strip().replace("_", "-")
+        named = value or "cannot be made" if name == "env_id" else MESSAGES.get(name, flag)  # the task, or the flag
+        assert flag in output.err or named in output.err, output.err
 
 
 VALUES = st.one_of(
@@ -114,7 +112,7 @@ VALUES = st.one_of(
 FIELDS = [field.name for field in bmpc.dataclasses.fields(bmpc.Args)]
 
 
-@fuzz(80)
+@fuzz(40)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3))
 def test_random_values_are_accepted_or_rejected(tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)

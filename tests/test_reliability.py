@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,8 @@ from runs import checkpoint, differences, directory, finish, gone, lost, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bmpc
+import bmpc_dual_policy
+import tdmpc2
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -76,7 +76,10 @@ def resumable(reference, tmp_path):
 
 
 def check_log(cwd):
-    """Check that metrics.csv and the events of TensorBoard hold the same numbers, each once and in order."""
+    """Check that metrics.csv and the events of TensorBoard hold the same numbers, each once and in order.
+
+    The seconds of training add up over the starts of a run.
+    """
     rows_by_tag = {}
     for step, _, tag, value in numbers(cwd, speeds=True):
         rows_by_tag.setdefault(tag, []).append((step, float(np.float32(value))))
@@ -85,6 +88,8 @@ def check_log(cwd):
     for tag, rows in rows_by_tag.items():
         assert [step for step, _ in rows] == sorted(step for step, _ in rows), tag
         np.testing.assert_array_equal([(e.step, e.value) for e in events.Scalars(tag)], rows, err_msg=tag)
+    seconds = [value for _, value in rows_by_tag["charts/training_seconds"]]
+    assert seconds == sorted(seconds)
 
 
 # --- exact resume
@@ -107,12 +112,11 @@ LATE = [
     ("strike", "SIGKILL", "Envs.step_wait", 3, "start_run_episodes"),  # while the run is resumed
     ("strike", "SIGKILL", "write_json", 3),  # only finished.json is missing
 ]
-SIBLING_MOMENTS = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "make_expert", 9, "reanalyze")]
 
 
 def random_moments(seed):
     """Choose moments among the calls and returns of a run, which are more than 240 000."""
-    return [("strike_anywhere", "SIGKILL", n) for n in random.Random(seed).sample(range(1, 150_000), 3)]
+    return [("strike_anywhere", "SIGKILL", n) for n in random.Random(seed).sample(range(1, 150_000), 2)]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +137,14 @@ def check_exact_resume(cwd, moments, *flags, **options):
     check_log(cwd / "killed")
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in runs.ROOT.glob("bmpc_*.py")))
-def test_killed_siblings_resume_exactly(tmp_path, script):
-    check_exact_resume(tmp_path, SIBLING_MOMENTS, *RUN, script=script)
+def test_killed_runs_with_two_heads_and_two_policies_resume_exactly(tmp_path):
+    """bmpc_multihead.py is a part of this script."""
+    flags = "--planner-num-dynamics-heads 2 --local-td-bootstrap --dual-policy-enabled".split()
+    moments = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "make_expert", 9, "reanalyze")]
+    check_exact_resume(tmp_path, moments, *RUN, *flags, script="bmpc_dual_policy")
 
 
-def test_killed_tdmpc2_resumes_exactly(tmp_path):
+def test_killed_runs_of_tdmpc2_resume_exactly(tmp_path):
     moments = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "run_planner", 30, "evaluate")]
     check_exact_resume(tmp_path, moments, *RUN_TDMPC2, script="tdmpc2")
 
@@ -200,19 +206,6 @@ def test_new_episodes_if_the_old_ones_are_not_reproducible(tmp_path, task, flags
     assert after["episode"].tolist() == (before["episode"] + 1 + 23 // length).tolist()
     assert after["buffer"]["episode_step"].tolist() == [23 % length] * 2
     assert after["buffer"]["valid_start"].sum() == 2 * windows
-
-
-def test_signals_from_another_process(reference, tmp_path):
-    """The script, started from the command line, is stopped, then runs to its end."""
-    command = [sys.executable, str(runs.ROOT / "bmpc.py"), "--task", "cartpole-swingup", *runs.TINY, *RUN]
-    environ = os.environ | {"PYTHONUNBUFFERED": ""}
-    options = {"cwd": tmp_path, "env": environ, "stdout": subprocess.PIPE, "text": True}
-    for number, code in ((signal.SIGTERM, bmpc.EXIT_RESUMABLE), (0, 0)):
-        process = subprocess.Popen(command, **options)
-        assert any("checkpoint at" in line for line in process.stdout)
-        process.send_signal(number)
-        assert process.wait(runs.PATIENCE) == code
-    assert directory(tmp_path).name == "cartpole-swingup__bmpc__1" and lost(reference, tmp_path) == []
 
 
 COMPILED = [*TOY, *"--compile --steps 34 --checkpoint-freq 8 --horizon 1 --reanalyze-batch-size 2".split()]  # one graph
@@ -292,7 +285,13 @@ RESUMABLE_FLAGS = (
 RESUMABLE_FLAGS += " --capture-video --profile --matmul-precision=highest --no-torch-deterministic --wandb-entity=me"
 
 
-def test_which_arguments_may_change_in_a_resumed_run(resumable, monkeypatch):
+def test_only_arguments_that_leave_learning_as_it_is_may_change_in_a_resumed_run(resumable, monkeypatch):
+    known = "device torch_deterministic track wandb_project_name wandb_entity capture_video profile eval_freq "
+    known += "eval_episodes log_freq checkpoint_freq keep_replay resume evaluate total_timesteps compile cudagraphs "
+    known += "matmul_precision"
+    for script in (bmpc, bmpc_dual_policy, tdmpc2):
+        metadata = script.field_metadata()
+        assert {name for name in metadata if script.RESUMABLE in metadata[name]} == set(known.split())
     path = directory(resumable).relative_to(resumable)
     state = checkpoint(resumable)
     for flags in (SAME_FLAGS, ["--resume", path]):
@@ -333,7 +332,8 @@ def test_damaged_checkpoint_is_rejected_and_left_unchanged(resumable, monkeypatc
     path = directory(resumable)
     DAMAGES[damage](path / "checkpoint.pt")
     before = {file: file.read_bytes() for file in path.iterdir()}
-    for flags in (SAME_FLAGS, ["--resume", path], ["--evaluate", path]):
+    ways = [["--resume", path], ["--evaluate", path], SAME_FLAGS]
+    for flags in ways if damage == "text" else ways[:1]:
         with pytest.raises(bmpc.RunError, match=r"^\S*checkpoint.pt cannot be used: "):
             open_run(resumable, monkeypatch, *flags)
     assert {file: file.read_bytes() for file in path.iterdir()} == before
@@ -344,7 +344,8 @@ def test_damaged_checkpoint_is_rejected_and_left_unchanged(resumable, monkeypatc
 
 FAULTS = {  # fault: step of the last checkpoint, error message
     ("kill_worker", "Envs.step_async", 16): (20, r"step \d+: the process of an environment died"),
-    ("full_disk", "save_checkpoint", 3, 9_000): (40, "step 60: the checkpoint cannot be written"),
+    # torch.save itself would report an unexpected position
+    ("full_disk", "save_checkpoint", 3, 9_000): (40, "step 60: the checkpoint cannot be written: OSError: .*too large"),
     ("kill_worker", "Envs.step_wait", 16, "evaluate"): (40, "step 50: the process of an environment died"),
     ("full_disk", "MetricsLogger.add", 8, 2_500): (60, r"step 60: .*File too large"),
 }
@@ -355,6 +356,7 @@ def test_runs_resume_after_full_disks_and_killed_workers(reference, tmp_path):
         line = error_line(finish(tmp_path, *RUN, moments=[moment]))
         assert re.search(message, line), line
         assert checkpoint(tmp_path)["global_step"] == step
+        assert not list(tmp_path.rglob("*.tmp"))
     assert finish(tmp_path, *RUN).code == 0
     assert lost(reference, tmp_path) == []
     check_log(tmp_path)
@@ -364,7 +366,6 @@ FAILURES = {
     "ToyBroken": "10 episodes in a row failed, the last one with RuntimeError: this simulator fails",
     "ToyUnmade": "the process of an environment died",
     "ToyRender --eval-freq 20 --capture-video": "step 20: the process of an environment died",
-    "ToyTerminates --no-episodic": "ended an episode by termination; start a new run with --episodic",
     "Toy --lr 1e30": r"step \d+: losses/\S+ is not finite",
 }
 
@@ -372,7 +373,7 @@ FAILURES = {
 @pytest.mark.parametrize("command", FAILURES)
 def test_error_messages_of_simulators_and_models(tmp_path, command):
     name, *flags = command.split()
-    line = error_line(finish(tmp_path, *TOY, *flags, task=f"toy:{name}-v0"), 2 if name == "ToyTerminates" else 1)
+    line = error_line(finish(tmp_path, *TOY, *flags, task=f"toy:{name}-v0"))
     assert re.search(FAILURES[command], line), line
     for path in tmp_path.rglob("checkpoint.pt"):
         assert all(x.isfinite().all() for x in checkpoint(path)["model"].values())
@@ -381,6 +382,7 @@ def test_error_messages_of_simulators_and_models(tmp_path, command):
 # --- logging, evaluation and video
 
 
+HAS_RENDERER = ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa")
 OUTPUT_FLAGS = {
     "none": "--eval-freq 0 --log-freq 0 --checkpoint-freq 0",
     "frequent": "--eval-freq 60 --eval-episodes 3 --log-freq 1 --checkpoint-freq 2 --capture-video",
@@ -400,7 +402,7 @@ def test_output_flags_do_not_change_training(reference, tmp_path):
     for run in parallel_map(make_run, OUTPUT_FLAGS):
         assert run.code == 0 and differences(state(reference), state(run.cwd)) == [], run
         assert returns(reference) == returns(run.cwd) and len(returns(run.cwd)) == 8
-    if ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa"):
+    if HAS_RENDERER:
         assert {path.name for path in tmp_path.rglob("*.mp4")} == {"60.mp4", "90.mp4"}
 
 
@@ -412,12 +414,15 @@ def test_a_profile_does_not_change_training(tmp_path):
     assert list(tmp_path.glob("profiled/runs/*/trace.json"))
 
 
-def test_evaluating_a_checkpoint(reference):
-    """It repeats the last evaluation of the run and changes no file."""
+def test_evaluating_a_checkpoint(reference, resumable):
+    """It repeats the last evaluation of the run and changes no file. A video is an additional file."""
     path = directory(reference)
     before = {file: file.read_bytes() for file in path.iterdir()}
     run = start(reference, "--evaluate", path).wait()
     assert run.code == 0 and {file: file.read_bytes() for file in path.iterdir()} == before, run
+    if HAS_RENDERER:
+        filmed = start(resumable, "--evaluate", directory(resumable), "--capture-video", fresh=True).wait()
+        assert filmed.code == 0 and (directory(resumable) / "videos" / "evaluate-90.mp4").stat().st_size, filmed
     lines = [line for line in (reference / "stdout.0").read_text().splitlines() if "step 90: evaluation" in line]
     assert len(lines) == 1 and lines[0] in run.said()
     others = start(reference, "--evaluate", path, "--num-envs", 1), start(reference, "--evaluate", path, "--num-q", 5)

@@ -16,6 +16,7 @@ import pytest
 import runs
 import torch
 from conftest import ROOT, TASK, FakeEnvs, generator, make_model, small_args, start, train
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -149,7 +150,7 @@ def meta(monkeypatch):
     def on_meta(sample, *args):
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(META), sample(*args))
 
-    for script in (bmpc, tdmpc2):
+    for script in (bmpc, bmpc_multihead, bmpc_dual_policy, tdmpc2):
         for name in ("sample_plan_noise", "sample_update_noise", "random_action"):
             monkeypatch.setattr(script, name, functools.partial(on_meta, getattr(script, name)))
         monkeypatch.setattr(script, "seeded_generator", lambda seed, key, device: generator(seed))
@@ -157,8 +158,13 @@ def meta(monkeypatch):
 
 @pytest.mark.parametrize(
     "script, flags",
-    [(bmpc, ALL_FLAGS | dict(reanalyze_interval=1)), (tdmpc2, dict(episodic=True, encoder_consistency_coef=0.1))],
-    ids=["bmpc", "tdmpc2"],
+    [
+        (bmpc, ALL_FLAGS | dict(reanalyze_interval=1)),
+        (bmpc_multihead, ALL_FLAGS | HEADS | dict(reanalyze_interval=1, reanalyze_value_std_coef=0.7)),
+        (bmpc_dual_policy, ALL_FLAGS | HEADS | TWO_POLICIES | dict(reanalyze_interval=1)),
+        (tdmpc2, dict(episodic=True, encoder_consistency_coef=0.1)),
+    ],
+    ids=["bmpc", "multihead", "dual", "tdmpc2"],
 )
 def test_no_synchronization(meta, script, flags):
     """With all flags that add work, and also after the replay buffer is full and windows become invalid."""
@@ -195,7 +201,7 @@ class MemoryTracker(MemTracker):
 
 @pytest.mark.parametrize("size, kept, peak", [(5, 0.5, 1.9), (19, 0.6, 3.4)])
 def test_memory_of_a_default_run(meta, size, kept, peak):
-    """README.md states these GB: eager, with all states of reanalyze at once, as on a GPU."""
+    """results/README.md states these GB: eager, with all states of reanalyze at once, as on a GPU."""
     args, task = bmpc.resolve_args(bmpc.Args(model_size=size, compile=False))
     with MemoryTracker() as memory:
         run = bmpc.Run(args, task, META)
@@ -267,10 +273,13 @@ def test_number_of_launches_besides_graphs(monkeypatch, script):
 
 
 def test_adam_is_fused_on_cpu_and_capturable_only_on_cuda():
-    for device, fused in ((torch.device("cpu"), True), (META, False)):
-        model = bmpc.WorldModel(TASK, small_args(), generator()).to(device)
-        for optimizer in bmpc.make_optimizers(model, small_args()):
-            assert (optimizer.defaults["fused"], optimizer.defaults["capturable"]) == (fused, False)
+    expected = {"cpu": (True, False), "meta": (False, False), "cuda": (False, True)}
+    for device, flags in expected.items():
+        model = bmpc.WorldModel(TASK, small_args(), generator())
+        with FakeTensorMode():  # its tensors need no GPU
+            model._apply(lambda x, device=device: torch.empty(x.shape, device=device))
+            for optimizer in bmpc.make_optimizers(model, small_args()):
+                assert (optimizer.defaults["fused"], optimizer.defaults["capturable"]) == flags
 
 
 def test_plans_of_a_captured_graph_are_copied():
@@ -292,12 +301,12 @@ def test_plans_of_a_captured_graph_are_copied():
 # --- the benchmarks themselves
 
 
-def test_throughput_prints_its_table():
+def test_throughput_prints_its_table(tmp_path):
     """The test of gpu.py checks the other rows."""
-    command = [sys.executable, "tests/throughput.py", *"--small --runs 1 --modes eager --only sample loop".split()]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert re.search("sample 256 windows of 1M rows .* ms .*loop, one decision .* ms", result.stdout, re.DOTALL)
+    flags = "--small --runs 1 --modes eager --only sample loop".split()
+    run = runs.Run(tmp_path, flags, script="throughput").wait()
+    assert not run.code, run
+    assert re.search("sample 256 windows of 200k rows .* ms .*loop, one decision .* ms", run.said(), re.DOTALL)
 
 
 def test_gpu_prints_its_table_on_a_cpu(monkeypatch, tmp_path, capsys):

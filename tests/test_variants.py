@@ -243,8 +243,3 @@ def test_invalid_flags_are_rejected(flags):
     script = INVALID[flags]
     with pytest.raises(script.UsageError, match=flags.replace("=", " ").split()[0]):
         script.resolve_args(script.parse_args(["--task", "Pendulum-v1", *flags.split()]))
-
-
-def test_numbers_of_heads_and_policies_are_fixed_in_a_resumed_run():
-    for name in ("planner_num_dynamics_heads", "dual_policy_enabled"):
-        assert bmpc_dual_policy.RESUMABLE not in bmpc_dual_policy.field_metadata()[name]
