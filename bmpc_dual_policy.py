@@ -37,7 +37,8 @@ pessimistic policy; losses/policy_grad_norm covers both policies.
     python bmpc_dual_policy.py --dual-policy-enabled --planner-value-std-coef-train 1 --policy-value-std-coef -1
     python bmpc_dual_policy.py --evaluate runs/dog-run__bmpc_dual_policy__1  # evaluate a trained agent
 
-The same command resumes a run that was stopped. A run writes only to runs/<task>__<exp_name>__<seed>[__<run_name>]/.
+The same command resumes a run that was stopped. A run writes to runs/<task>__<exp_name>__<seed>[__<run_name>]/
+only, apart from the cache of torch's compiler.
 
 Dimensions in docstrings and shape comments; "..." stands for any leading dimensions:
 
@@ -160,7 +161,8 @@ class Args:
     wandb_entity: Resumable[str | None] = None
     """the Weights & Biases entity (team or user)"""
     capture_video: Resumable[bool] = False
-    """record episode 0 of every evaluation as an mp4 file (without a display, this requires EGL or OSMesa)"""
+    """record episode 0 of every evaluation as an mp4 file (without a display, this requires EGL or OSMesa). Meanwhile
+    its frames take some 500 MB of memory"""
     profile: Resumable[bool] = False
     """write a profile to trace.json, for Perfetto; meant for a few hundred decisions, with a small --learning-starts"""
     eval_freq: Resumable[NonNegativeInt] = 10_000
@@ -177,9 +179,10 @@ class Args:
     resume: Resumable[str] = ""
     """RUN_DIR: resume the run in this directory, with its arguments as defaults"""
     evaluate: Resumable[str] = ""
-    """RUN_DIR: evaluate the agent of this run, print its returns and exit"""
+    """RUN_DIR: evaluate the agent of this run, print mean and range of its returns, and exit"""
     preset: Literal["full", "small"] = "full"
-    """small: smaller networks and a shorter run, which learns an easy task on a CPU in a quarter of an hour"""
+    """small: smaller networks and a shorter run, which learns an easy task on a CPU in a quarter of an hour. It sets
+    the widths of all layers, whatever --model-size is"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
@@ -363,8 +366,7 @@ class Args:
     """each value head bootstraps from the target head with the same index; off: all share one target, from the mean of
     the target heads. Sweep 2b: do independent targets keep the value heads diverse?"""
     ensemble_lr_scaling: bool = False
-    """multiply the learning rate of the dynamics heads by H, and that of the value heads by Q / 5: 1 at the default
-    model size, less where Q is below 5"""
+    """multiply the learning rate of the dynamics heads by H, and that of the value heads by Q / 5"""
     # [V9] sweep 2h
     dual_policy_enabled: bool = False
     """add an optimistic policy, which proposes the candidates when acting. The original policy becomes the pessimistic
@@ -825,7 +827,7 @@ def plan(
     elite_action = elites[torch.arange(len(z), device=z.device), sampled, 0]  # (S, A)
     action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
     value = elite_scores.gather(1, sampled[:, None])[:, 0]
-    bonus = std_coef * elite_return_stds  # (S, num_elites) [V3]; score - bonus is the mean return over heads
+    bonus = std_coef * elite_return_stds  # (S, num_elites) [V3]; score - bonus: mean return over heads, if finite
     bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)  # [V3]
     diagnostics = torch.stack([elite_return_stds, bonus_share, is_from_policy], 2).mean(
         1
@@ -918,7 +920,7 @@ def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[s
     shape = (args.num_rollouts, args.td_horizon, T, B, action_dim)
     td = torch.randn(shape, generator=generator, device=generator.device)
     td = td[None]  # [V5]
-    if args.td_horizon > 1:  # [V5] noise of heads 1 to H-1, where step 0 is not used; head 0 has that of bmpc.py
+    if args.td_horizon > 1:  # [V5] heads 1 to H-1 have noise of their own; that of their step 0 is not used
         other_heads = (args.planner_num_dynamics_heads - 1, *shape)
         td = torch.cat([td, torch.randn(other_heads, generator=make_generator("heads"), device=td.device)])
     dropout_mask = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
@@ -1015,10 +1017,10 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Return the new running scale of x, from the old one and x (B,) at t = 0.
+    """Return the new running scale of x (B,), the first step of each window, from the old one.
 
-    BMPC scales the KL, and TD-MPC2 the Q-values. The scale is a moving average, with step size 0.01, of the range from
-    the 5th to the 95th percentile. Ranges below 1 count as 1.
+    x is the KL in BMPC, and the Q-value in TD-MPC2. The scale is a moving average, with step size 0.01, of the range
+    from the 5th to the 95th percentile. Ranges below 1 count as 1.
     """
     x = x.detach().sort().values
 
@@ -1123,7 +1125,7 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 class Functions(NamedTuple):
-    """The functions that take most of the time. `make_functions` compiles them."""
+    """The functions that take most of the time. With --compile, `make_functions` compiles them."""
 
     plan: Callable[..., Plan] = plan
     world_model_loss: Callable[..., tuple] = world_model_loss
@@ -1233,7 +1235,10 @@ class ReplayBuffer:
         return self.split_rows(self.rows.flatten(0, 1)[index], index)
 
     def replace_experts(self, index: Tensor, expert: Expert) -> None:
-        """Replace the experts of the rows at index (n,). If a row occurs several times, one of its experts is kept."""
+        """Replace the experts of the rows at index (n,). If a row occurs several times, its last expert is kept.
+
+        With --no-torch-deterministic, any of them is.
+        """
         all_rows = self.rows.flatten(0, 1)
         rows = all_rows[index]
         for column, new in zip(self.split_rows(rows).expert, expert, strict=True):
@@ -1280,6 +1285,7 @@ def act(
     """Plan the next action in each environment: obs (E, O), prev_mean (E, T, A).
 
     Returns actions (E, A), their first experts (E, A), the means of the plans (E, T, A), and metrics.
+    With two policies, the experts of both are side by side: (E, 2 * A). [V13]
     """
     std_coef = args.planner_value_std_coef_train  # [V4]
     policy = model.optimistic_policy if args.dual_policy_enabled else model.policy  # [V13]
@@ -1420,7 +1426,6 @@ class Run:
     def mean_metrics(self) -> dict[str, float]:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
-        # If pretraining and later updates report different sets of names, a name in both has the later updates' mean
         for names, (total, count) in self.metrics.items():
             means |= zip(names, (to_host(total) / count).tolist(), strict=True)
         for name, mean in means.items():
@@ -1636,14 +1641,16 @@ class TruncateOnError(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode. If that fails, try again with other seeds, which are derived from this one."""
+        info = {}
         for attempt in range(MAX_ENV_ERRORS):
             try:
                 self.last_obs, _ = self.env.reset(seed=derive_seed(seed, attempt) if attempt else seed)
                 if not np.isfinite(self.last_obs).all():
                     raise ValueError("the first observation is not finite")
-                return self.last_obs, {}
+                return self.last_obs, info
             except Exception as e:  # a simulator can raise anything
                 error = e
+                info = {"env_error": describe(e)}
         raise error
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -1761,7 +1768,9 @@ class Envs(AsyncVectorEnv):
             return obs
         seeds = [derive_seed(self.seed, *key) for key in episode_keys]
         with env_errors_as_run_errors():
-            first_obs, _ = self.reset(seed=seeds, options={"reset_mask": mask})
+            first_obs, infos = self.reset(seed=seeds, options={"reset_mask": mask})
+        for error in filter(None, infos.get("env_error", [])):
+            print_line(f"warning: an episode started with another seed, because its reset failed ({error})", sys.stderr)
         return np.where(mask[:, None], first_obs, obs)
 
     call = env_errors_as_run_errors()(AsyncVectorEnv.call)
@@ -1866,8 +1875,8 @@ def start_run_episodes(run: Run, envs: Envs) -> None:
         diverged = (obs.view(np.int32) != to_host(run.obs).view(np.int32)).any(1)
         if diverged.any():
             env_ids = np.flatnonzero(diverged).tolist()
-            message = f"environments {env_ids} do not reproduce their unfinished episodes; new ones start"
-            print_line(f"warning: {message}", sys.stderr)
+            reason = "do not reproduce their unfinished episodes, or the replay buffer no longer holds these"
+            print_line(f"warning: environments {env_ids} {reason}; new ones start", sys.stderr)
             run.episode += torch.from_numpy(diverged)
             obs = envs.start_episodes(diverged, enumerate(run.episode.tolist()), obs)
             run.episode_return[diverged] = 0
@@ -2217,10 +2226,10 @@ def start_graph_step(function: Callable) -> Callable:
 
 # --- Checkpoints, log, run directory ----------------------------------------------------------------------------------
 #
-# A fault ends the run, unless it costs no more than an episode or a video. Resuming is exact, so only the work since
-# the last checkpoint is repeated. A checkpoint at step s holds the run between two steps, before the evaluation and the
-# log entries of step s. A run that is resumed at s truncates its log to the entries before s, and then repeats those
-# of s.
+# Errors of a simulator truncate an episode; those of a video or W&B are warnings; all others end the run.
+# Resuming is exact, so only the work since the last checkpoint is repeated. A checkpoint at step s holds the run
+# between two steps, before the evaluation and the log entries of step s. A run that is resumed at s truncates its log
+# to the entries before s, and then repeats those of s.
 
 CHECKPOINT_FORMAT = 3
 FORMAT_2_COMMIT = "1775172"  # the last commit that reads and writes format 2
@@ -2228,7 +2237,10 @@ EXIT_RESUMABLE = 75  # exit code of a run that was asked to stop; the same comma
 
 
 def checkpoint_contents(run: Run, keep_replay: bool = True) -> dict[str, Any]:
-    """Collect everything that the rest of the run depends on. Without the replay buffer, it can only be evaluated."""
+    """Collect everything that the rest of the run depends on.
+
+    keep_replay: include the replay buffer; without it, the run can be evaluated, but not continued.
+    """
     return {
         "format": CHECKPOINT_FORMAT,
         "args": dataclasses.asdict(run.args),
@@ -2283,7 +2295,8 @@ def load_model(model: WorldModel, state: dict[str, Tensor]) -> None:
 
 
 def save_checkpoint(run: Run, directory: Path, keep_replay: bool = True) -> None:
-    """Write checkpoint.pt. Raises RunError, and writes nothing, if a weight is not finite or the disk is full."""
+    """Write checkpoint.pt. Raises RunError, and writes nothing, if a loss or weight is not finite or the disk full."""
+    run.mean_metrics()  # checks that all are finite
     is_finite = torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])
     if not to_host(is_finite).all():
         raise RunError("a weight is not finite; the last checkpoint was written before this happened")
@@ -2316,11 +2329,11 @@ def read_checkpoint(directory: Path) -> dict[str, Any]:
         if state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"it has format {state['format']}, and this version reads format {CHECKPOINT_FORMAT}")
         unknown_args = state["args"].keys() - {field.name for field in dataclasses.fields(Args)}
+        if unknown_args:
+            names = ", ".join(sorted(unknown_args))
+            raise ValueError(f"another script or version wrote it, with arguments that this one does not have: {names}")
     except Exception as e:  # a damaged file can raise anything
         raise RunError(f"{path} cannot be used: {describe(e)}") from e
-    if unknown_args:
-        names = ", ".join(sorted(unknown_args))
-        raise UsageError(f"{path} was written by another script, with arguments that this one does not have: {names}")
     return state
 
 
@@ -2440,7 +2453,10 @@ def lock_directory(directory: Path) -> None:
 
 
 def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
-    """Raise UsageError if the run in the directory is finished, or if its arguments are different."""
+    """Raise UsageError if the run in the directory is finished, or if its script or its arguments are different."""
+    script = Path(__file__).with_name(f"{state['args']['exp_name']}.py")
+    if script.exists() and script.name != Path(__file__).name:
+        raise UsageError(f"{directory} holds a run of {script.name}; resume it with that script")
     new_run = f"start a new run {'without --resume and ' if args.resume else ''}with --run-name NAME"
     old_args, new_args = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
     fixed = [name for name, metadata in field_metadata().items() if RESUMABLE not in metadata]
@@ -2460,10 +2476,17 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
         raise UsageError(f"{finished}; {advice}")
 
 
+def has_log_entries(directory: Path) -> bool:
+    """Tell whether metrics.csv has a line below its header."""
+    path = directory / "metrics.csv"
+    return path.exists() and path.read_bytes().count(b"\n") > 1
+
+
 def open_run_directory(args: Args) -> tuple[Path, dict[str, Any] | None]:
     """Create or reopen the run directory and lock it. Returns it, and the contents of its checkpoint if there is one.
 
-    Raises UsageError if the directory is in use, or holds a finished run or one with different arguments.
+    Raises UsageError if the directory is in use, or holds a finished run, one with different arguments, or one without
+    its checkpoint.
     """
     directory = run_directory(args)
     directory.mkdir(parents=True, exist_ok=True)
@@ -2471,6 +2494,8 @@ def open_run_directory(args: Args) -> tuple[Path, dict[str, Any] | None]:
     state = read_checkpoint(directory) if (directory / "checkpoint.pt").exists() else None
     if state:
         check_resumable(directory, state, args)
+    elif has_log_entries(directory):  # a new run would overwrite them
+        raise UsageError(f"{directory} holds the log of a run without its checkpoint; move it, or use --run-name NAME")
     (directory / "finished.json").unlink(missing_ok=True)
     write_json(directory / "args.json", dataclasses.asdict(args))
     record_start(directory / "versions.json")
@@ -2585,7 +2610,8 @@ class RunController:
                 return self.stop()
             self.logger.add(run.global_step, returns)
             self.postfix["evaluation"] = f"{returns['eval/episodic_return']:.1f}"
-        if is_due(args.log_freq):
+        pretrained = run.global_step - args.num_envs < args.learning_starts <= run.global_step  # right before this step
+        if is_due(args.log_freq) or (args.log_freq and pretrained):
             self.log_metrics()
         if is_due(args.eval_freq) or is_due(args.log_freq):
             updates = run.pretraining_updates + run.updates
@@ -2653,12 +2679,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line. The defaults are those of a preset, or of the run given to --resume or --evaluate."""
     argv = sys.argv[1:] if argv is None else argv
     flags = {"--episodic": "--episodic=True", "--no-episodic": "--episodic=False"}
-    argv = [flags.get(word, word) for word in argv]
-    args = tyro.cli(Args, args=argv)  # finds the preset or run that supplies the defaults
+    values = ("True", "False", "None")  # tyro reads --episodic True itself
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    argv = [word if following in values else flags.get(word, word) for word, following in pairs]
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    args = tyro.cli(Args, args=without_help)  # finds the preset or run that supplies the defaults
     defaults = PRESETS[args.preset]
     if directory := args.evaluate or args.resume:
         defaults = read_checkpoint(checkpoint_directory(directory))["args"] | {"resume": "", "evaluate": ""}
-    if defaults:
+    if defaults or argv != without_help:
         args = tyro.cli(Args, args=argv, default=Args(**defaults))
     paths = {name: str(checkpoint_directory(path)) for name in ("resume", "evaluate") if (path := getattr(args, name))}
     return dataclasses.replace(args, **paths)
@@ -2734,7 +2763,7 @@ def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:
     )
     yield (
         args.learning_starts >= args.num_envs * T,
-        f"--learning-starts is {args.learning_starts}; the first window of {T} decisions needs {args.num_envs * T}",
+        f"--learning-starts is {args.learning_starts}; the first window (--horizon {T}) needs {args.num_envs * T}",
     )
     yield (
         args.buffer_size // args.num_envs >= T + 2,  # T is the minimum; 2 is an arbitrary margin
@@ -2752,8 +2781,12 @@ def catch_stop_signals() -> list[int]:
     Worker processes inherit them, so that they ignore the signals: the main process alone decides when to stop.
     """
     stop_signals: list[int] = []
+    main_process = os.getpid()
 
     def handle_signal(number: int, frame: Any) -> None:
+        if not stop_signals and os.getpid() == main_process:
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopping after this step, with a checkpoint; another Ctrl-C ends the run at once\n")
         stop_signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -2795,8 +2828,8 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         if device.type == "cpu" and args.preset == "full":
             print_line("a full-size run takes days on a CPU; --preset small is made for a CPU")
         directory, state = open_run_directory(args)
-        print_line(f"{directory}, on {device}")
         run = Run(args, task, device)
+        print_line(f"{directory}, on {device}, with a replay buffer of {run.buffer.rows.nbytes / 1e6:.0f} MB")
         if not state:  # a resumed run usually finds everything in the compiler's cache
             stack.enter_context(compile_ahead(run, task))
         if args.profile:
@@ -2819,24 +2852,26 @@ def profile(path: Path) -> torch.profiler.profile:
 
 
 def raise_with_step(run: Run, error: Exception, stop_signals: list[int], directory: Path) -> int:
-    """Raise the error again, with the step it occurred at. If a stop signal caused it, return the exit code instead.
+    """Raise the error again, with the step it occurred at. After a stop signal, return the exit code instead.
 
     The traceback of an unexpected error is written to error.txt.
     """
-    try:
-        run.mean_metrics()
-    except RunError as e:  # a loss that is not finite is the cause of whatever failed later
-        raise RunError(f"step {run.global_step}: {e}") from error
+    with contextlib.suppress(RuntimeError):  # after an error of CUDA, nothing can be read from the device
+        try:
+            run.mean_metrics()
+        except RunError as e:  # a loss that is not finite is the cause of whatever failed later
+            raise RunError(f"step {run.global_step}: {e}") from error
     if isinstance(error, (UsageError, RunError, OSError)):
         raise type(error)(f"step {run.global_step}: {error}") from error
     if is_out_of_memory(error):
         raise error
-    if stop_signals:  # for example, the signal also interrupted a compiler process
-        print_line(f"warning: {describe(error)}", sys.stderr)
-        return EXIT_RESUMABLE  # the run resumes from the last checkpoint
     path = directory / "error.txt"
     path.write_text("".join(traceback.format_exception(error)), "utf-8")
-    raise RunError(f"step {run.global_step}: {describe_with_place(error)}; the traceback is in {path}") from error
+    message = f"step {run.global_step}: {describe_with_place(error)}; the traceback is in {path}"
+    if stop_signals:  # for example, the signal also interrupted a compiler process
+        print_line(f"warning: {message}", sys.stderr)
+        return EXIT_RESUMABLE  # the run resumes from the last checkpoint
+    raise RunError(message) from error
 
 
 def describe_with_place(error: Exception) -> str:
@@ -2881,8 +2916,9 @@ def main(argv: list[str] | None = None) -> int:
             print_error(e)
             return 1
         except Exception as e:
-            memory_advice = "out of memory; try a smaller --buffer-size, then --num-samples or --batch-size"
-            print_error(memory_advice if is_out_of_memory(e) else describe_with_place(e))
+            smaller = "a smaller --buffer-size, --num-samples or --batch-size"
+            advice = f"out of memory; start a new run with {smaller} and with --run-name NAME"
+            print_error(advice if is_out_of_memory(e) else describe_with_place(e))
             return 1
         finally:
             for worker in multiprocessing.active_children():

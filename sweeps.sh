@@ -44,7 +44,7 @@ seeds() { ((${#given_seeds[@]})) || seed_list=("$@"); }
 flags() { common_flags+=("$@"); }
 
 # question TEXT: the question that the report answers.
-question() { sweep_question=$1; }
+question() { sweep_question=${1//[[:space:]]/ }; }
 
 # switch FLAG on|off: print --FLAG or --no-FLAG.
 switch() { if [[ $2 == on ]]; then echo "--$1"; else echo "--no-$1"; fi; }
@@ -75,8 +75,8 @@ run() {
   done
 }
 
-# include GROUP [SWEEP]: add the runs of all sweeps of a group, or of one, with the present seeds and flags. Their run
-# names begin with the name of the including sweep.
+# include GROUP [SWEEP]: add the runs of all sweeps of a group, or of those whose name matches the pattern SWEEP, with
+# the present seeds and flags. Their run names begin with the name of the including sweep.
 include() {
   local file found=''
   for file in "$sweep_list/$1"/${2-*}/sweep.sh; do
@@ -106,7 +106,7 @@ flag_value() {  # PATTERN WORD...
 # finger-turn-easy, Pendulum-v1 unchanged.
 directory_task_name() {  # TASK
   local task=${1##*:} domain
-  if [[ $task == dm_control/* || $task != *-v[0-9]* ]]; then
+  if [[ $task == dm_control/* || $1 != *:* && $task != *-v[0-9]* ]]; then
     task=${task#dm_control/}
     task=${task%-v0}
     domain=${task%%-*}
@@ -164,7 +164,7 @@ execute_run() {  # RECORD
 # Execute the unfinished runs on this machine, `jobs` at a time. Each has its own process group, so that Ctrl-C in a
 # terminal reaches only this script, which stops the runs and waits for them.
 run_here() {
-  local record slot slot_pids=() jobs stopped='' status exit_code=0
+  local record slot slot_pids=() jobs stopped=''
   jobs=${SWEEPS_JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
   trap stop_runs INT TERM HUP USR1
   trap '' PIPE                                                        # see `say`
@@ -182,6 +182,12 @@ run_here() {
     slot_pids[slot]=$!
   done
   while [[ $(jobs -rp) ]]; do wait || true; done
+  exit_with_counts
+}
+
+# Print how many runs are done, failed and so on, and exit with the code that says the same.
+exit_with_counts() {
+  local status exit_code=0
   status=$(report --status) || exit_code=$?
   say "${status##*$'\n'}"
   exit "$exit_code"
@@ -292,7 +298,7 @@ mode=${SWEEPS_MODE:-run}
   die "--axis must be decisions, updates or seconds, not '$SWEEPS_AXIS'"
 [[ ${SWEEPS_JOBS:-1} =~ ^[1-9][0-9]*$ ]] || die "--jobs must be a whole number above 0, not '$SWEEPS_JOBS'"
 split_list gpus "${SWEEPS_GPUS-}" '[^, ]+' || die "--gpus must be a list such as 0,1, not '$SWEEPS_GPUS'"
-split_list given_seeds "${SWEEPS_SEEDS-}" '[0-9]+' || die "--seeds must be a list such as 1,2,3, not '$SWEEPS_SEEDS'"
+split_list given_seeds "${SWEEPS_SEEDS-}" '(0|[1-9][0-9]*)' || die "--seeds must be a list such as 1,2,3, not '$SWEEPS_SEEDS'"
 if [[ $mode == slurm ]]; then
   ((${#gpus[@]} == 0)) || die '--gpus is for this machine; with --slurm use --sbatch "--gres=gpu:1"'
   type -P sbatch >/dev/null || die "there is no sbatch here, which --slurm needs; without --slurm the runs start here"
@@ -314,7 +320,7 @@ for folder in "${folders[@]}"; do
   common_flags=()
   seed_list=("${given_seeds[@]}")
   [[ ! -e $group/settings.sh ]] || source "$group/settings.sh"
-  [[ $mode != report || $group != */7_* ]] || read_sweep "$group/1_test/sweep.sh"  # the baseline of the comparisons
+  [[ $mode != report || ! -e $group/1_test ]] || read_sweep "$group/1_test/sweep.sh"  # the baseline of the comparisons
   read_sweep "$folder/sweep.sh"
 done
 ((${#records[@]})) || die "${names[*]}: no runs; add a line 'run SCRIPT CONFIGURATION FLAG...' to the sweep.sh"
@@ -326,7 +332,7 @@ case $mode in
   run | slurm)
     mkdir -p runs/logs
     unfinished=$(report --due)
-    [[ $unfinished ]] || { say "nothing to do: all ${#records[@]} runs are done"; exit 0; }
+    [[ $unfinished ]] || exit_with_counts
     readarray -t unfinished <<<"$unfinished"
     if [[ $mode == slurm ]]; then submit_array; else run_here; fi ;;
 esac

@@ -60,7 +60,9 @@ def over_axis(runs: list[Run], axis: str) -> tuple[list[Run], list[str]]:
             continue
         low, high = max(curve[0, 0] for curve in finished), min(curve[-1, 0] for curve in finished)
         if low > high:
-            notes.append(f"**{sweep}, {task}: the runs have no range of {axis} in common and are not cut to one.**")
+            notes.append(f"**{sweep}, {task}: not compared, since the runs have no range of {axis} in common.**")
+            for run in members:
+                run.metrics |= dict.fromkeys((PLANNER, POLICY), np.empty((0, 2)))
             continue
         inside = max(int(np.sum((curve[:, 0] >= low) & (curve[:, 0] <= high))) for curve in finished)
         grid = None if axis == "decisions" else np.linspace(low, high, max(inside, 2))
@@ -71,9 +73,10 @@ def over_axis(runs: list[Run], axis: str) -> tuple[list[Run], list[str]]:
             run.metrics |= {tag: restrict(run.curve(tag), low, high, grid) for tag in (PLANNER, POLICY)}
     if axis == "updates":
         notes.append("Updates include those of pretraining; for a log without `charts/updates` the flags give them.")
-    lacking = sum(run.done and not len(run.curve()) for run in result)
-    if lacking and axis == "seconds":
-        notes.append(f"**{lacking} finished runs are left out: their log has no `charts/training_seconds`.**")
+    if axis == "seconds":
+        notes.append("Seconds compare only runs that had the same machine, and the same share of it.")
+        if lacking := sum(run.done and not len(run.curve(AXES[axis])) for run in runs):
+            notes.append(f"**{lacking} finished runs are left out: their log has no `charts/training_seconds`.**")
     return result, notes
 
 
@@ -84,7 +87,7 @@ def restrict(curve: np.ndarray, low: float, high: float, grid: np.ndarray | None
     if grid is None:
         x = curve[:, 0]
         grid = np.unique([*x[(x >= low) & (x <= high)], low, high])
-    grid = grid[grid <= curve[-1, 0]]
+    grid = grid[(grid >= curve[0, 0]) & (grid <= curve[-1, 0])]
     return np.column_stack([grid, np.interp(grid, *curve.T)])
 
 

@@ -21,7 +21,7 @@ def draw_published(panel, task: str, repeat: int, end: float) -> None:
 
 
 def draw_panel(panel, group: Group, configuration: str, axis: str, label: str = "configuration") -> None:
-    """Draw the mean over seeds as far as all of them have come, with its interval; of few seeds each as a thin line.
+    """Draw the mean over the finished seeds, with its interval; of few seeds, or unfinished ones, each as a thin line.
 
     label: the configuration's name in the legend.
     """
@@ -30,16 +30,18 @@ def draw_panel(panel, group: Group, configuration: str, axis: str, label: str = 
     if base:  # Okabe and Ito's colours, which the colour-blind can tell apart
         lines = [("baseline", "black", base, PLANNER), (label, "#D55E00", own, PLANNER)]
     for name, colour, runs, tag in lines:
-        curves = [dict(run.curve(tag)) for run in runs if len(run.curve(tag)) and not run.damage]
-        if curves:
+        drawn = [run for run in runs if len(run.curve(tag)) and not run.damage]
+        finished = [run for run in drawn if run.done]
+        for run in drawn if len(finished) <= 5 else [run for run in drawn if not run.done]:
+            panel.plot(*run.curve(tag).T, color=colour, linewidth=0.6, alpha=0.5, zorder=3)
+        if drawn:
+            curves = [dict(run.curve(tag)) for run in finished or drawn]
             steps = sorted(set.intersection(*map(set, curves)))
             values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, evaluations)
             panel.plot(steps, values.mean(0), label=name, color=colour, linewidth=2, zorder=4)
-            if len(values) > 5:
+            if len(finished) > 5:
                 low, high = values.mean(0) - half_interval(values), values.mean(0) + half_interval(values)
                 panel.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-            else:
-                panel.plot(steps, values.T, color=colour, linewidth=0.6, alpha=0.5, zorder=3)
     repeat = next((run.args["action_repeat"] for run in own + base if "action_repeat" in run.args), 1)
     if axis == "decisions" and any(run.full_size for run in own):
         ends = [run.curve()[-1, 0] for run in own if len(run.curve())]

@@ -105,7 +105,7 @@ def print_due(runs: list[Run], lines: list[str]) -> None:
     print(f"{sum(run.done for run in runs)} of {len(runs)} runs are done and skipped", file=sys.stderr)
     for run, line in zip(runs, lines, strict=True):
         if run.damage:
-            action = "finished, so it is not started again" if run.finished else "started again"
+            action = "finished; delete its directory to run it again" if run.finished else "started again"
             print(f"damaged ({action}): {run.damage}", file=sys.stderr)
         if not run.finished:
             sys.stdout.write(line)
@@ -165,7 +165,7 @@ def repetition_check(group: Group) -> list[str]:
         return []
     text = f"Check: `{REPEATED_BASELINE}` has the baseline's flags and is compared with nothing. "
     if different:
-        return [text + f"**The curves of seeds {', '.join(different)} differ from the baseline's.**"]
+        return [text + f"**The curves of seeds {', '.join(different)} differ, as is expected on a GPU only.**"]
     return [text + f"The curves of seeds {', '.join(equal)} are equal to the baseline's bit for bit."]
 
 
@@ -205,7 +205,8 @@ def table(group: Group) -> str:
 def over_tasks(groups: list[Group]) -> list[str]:
     """Return the aggregate table of configurations that are compared with a baseline on several dm_control tasks."""
     rows = [["configuration", "tasks", "IQM", "IQM of the baseline", "probability of improvement"], ["---"] * 5]
-    groups = [group for group in groups if not re.search(r"-v\d+$", group.task)]  # of which returns reach 1 000
+    # Of dm_control, where returns reach 1 000; while seeds are missing, tasks would count differently
+    groups = [group for group in groups if group.done and not re.search(r"-v\d+$", group.task)]
     for configuration in dict.fromkeys(name for group in groups for name in group.differences[PRIMARY]):
         found = [group.differences[PRIMARY].get(configuration) for group in groups]
         own, base = ([getattr(one, side) / 1000 for one in found if one] for side in ("values", "base"))
@@ -292,7 +293,8 @@ bold; shaded its 95 % t-interval, up to five seeds each seed as a thin line inst
 length, so it is a mean return. Final return: mean of the last three evaluations. ± is half a 95 % t-interval. Decisions
 a second: the median of charts/SPS after the random warm-up; rough, since other work on the machine changes it.
 
-After the semicolon: the difference to the baseline, its 95 % interval and p by Welch's t-test. p is corrected by Holm
+After the semicolon: the difference to the baseline, its 95 % interval and p by Welch's t-test. Where it is given in %,
+the unit is the observed mean of the baseline, whose own uncertainty is not included. p is corrected by Holm
 for all configurations of this page, each measure by itself. The area under the planner's curve decides: *better* or
 *worse* if p is at most 0.05, else *not resolved*; the interval says which differences remain possible. What is learned:
 the area above the first evaluation. The simultaneous interval is Dunnett's: in 95 % of experiments all of them contain
@@ -328,7 +330,10 @@ def main() -> int:
     if options.export:
         export_runs(runs, out)
     if options.export or options.replot:
-        runs = load_exported(out)
+        try:
+            runs = load_exported(out)
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"report.py: {to_text(out)} is no complete folder of exported runs: {error}")
     (out / "figures").mkdir(parents=True, exist_ok=True)
     file = out / ("report.md" if options.axis == "decisions" else f"report_{options.axis}.md")
     file.write_text(page(runs, out, options.axis), encoding="utf-8", errors="surrogateescape")

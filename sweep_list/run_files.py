@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Run:
     question: str
     command: str
     args: dict
-    versions: dict  # time, git commit and package versions of the last start
+    versions: dict  # time of the first start, git commits of all starts, package versions of the last one
     finished: bool
     damage: str  # path of a damaged file and what is wrong with it; empty if there is none
     metrics: dict[str, np.ndarray]  # tag -> (n, 2): global_step and value
@@ -101,7 +102,7 @@ def read_run(line: str) -> Run:
     folder, problems = to_path(name), []
     args = read_json(folder / "args.json", {}, problems)
     starts = read_json(folder / "versions.json", [], problems)
-    finished = read_json(folder / "finished.json", {}, problems).get("total_timesteps", -1) >= int(steps)
+    finished = (read_json(folder / "finished.json", {}, problems).get("total_timesteps") or -1) >= int(steps)
     metrics = read_metrics(folder / "metrics.csv", finished, problems)
     if finished and not args and not problems:
         problems.append(f"{to_text(folder / 'args.json')}: missing")
@@ -115,11 +116,21 @@ def read_run(line: str) -> Run:
         question=question,
         command=command,
         args=args,
-        versions=starts[-1] if starts else {},
+        versions=merge_starts(starts),
         finished=finished,
         damage="; ".join(problems),
         metrics=metrics,
     )
+
+
+def merge_starts(starts: list[dict]) -> dict:
+    """Return time of the first start, git commits of all starts, and the rest of the last one."""
+    versions = dict(starts[-1]) if starts else {}
+    if "time" in versions:
+        versions["time"] = starts[0].get("time", versions["time"])
+    if commits := list(dict.fromkeys(start["git_commit"] for start in starts if start.get("git_commit"))):
+        versions["git_commit"] = ", ".join(commits)
+    return versions
 
 
 def read_file(file: Path, problems: list[str]) -> str | None:
@@ -186,7 +197,11 @@ def export_runs(runs: list[Run], folder: Path) -> None:
     entries = {name: entry for name, entry in entries.items() if entry.get("finished", True)}
     for run in runs:
         entry = {key: getattr(run, key) for key in RUN_FIELDS}
-        entry["command"] = re.sub(r"^\S+ (\S*/)?", "python ", run.command)  # without the folders of this machine
+        _python, script, *flags = shlex.split(run.command)
+        entry["command"] = shlex.join(["python", Path(script).name, *flags])  # without the folders of this machine
+        kept = entries.get(run.name)
+        if kept and kept["command"] != entry["command"]:
+            sys.exit(f"report.py: {to_text(folder)} has {run.name} of another command: {kept['command']}; use another")
         if not run.done:
             entries.setdefault(run.name, entry | {"finished": False})
             continue

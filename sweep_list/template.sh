@@ -2,8 +2,9 @@
 # A template for a new sweep, here one that combines the promising configurations of the plan's sweeps.
 #
 # Copy it to sweep_list/7_bmpc_equivalence/3a_combined/sweep.sh. Nothing else is needed: bash sweeps.sh 3a runs it,
-# --report compares it with the baseline, and `all` includes it. A sweep for another task, length or seeds belongs to a
-# group of its own, such as sweep_list/9_mine/1_first/sweep.sh, with a settings.sh like the plan's in 9_mine/.
+# --report compares it with the plan's baseline, and `all` includes it. A sweep for another task, length or seeds belongs
+# to a group of its own, such as sweep_list/9_mine/first/sweep.sh, with a settings.sh like the plan's in 9_mine/. There,
+# --report compares configurations with the one that the sweep names `baseline`.
 #
 # The question that the report answers; it is the heading of the sweep's section.
 question "Do two heads and a trust region add up?"

@@ -23,6 +23,7 @@ from runs import checkpoint, directory, finish, gone, lost, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bmpc
+import bmpc_multihead
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -134,6 +135,10 @@ def test_a_reset_that_fails_is_tried_with_other_seeds():
     obs, _ = env.reset(seed=7)
     assert np.isfinite(obs).all() and seeds == [7, *(bmpc.derive_seed(7, n) for n in range(1, 10))]
     assert len(set(seeds)) == 10
+    Failing.failures = 1
+    seeds.clear()
+    _, info = env.reset(seed=7)
+    assert info == {"env_error": "ValueError: the simulation diverged"} and env.reset(seed=7)[1] == {}
     seeds.clear()
     Failing.failures = 10
     with pytest.raises(ValueError, match="the first observation is not finite"):
@@ -243,10 +248,23 @@ def test_a_copy_of_a_script_under_another_name_reads_its_checkpoints(tmp_path, m
     assert same(other.model.state_dict(), run.model.state_dict())
 
 
-def test_a_checkpoint_of_another_script_is_refused_by_what_does_not_fit(tmp_path, monkeypatch):
-    assert run_task(tmp_path, "Arrays", script="bmpc_multihead").code == 0
-    line = error_of(runs.start(tmp_path, "--evaluate", directory(tmp_path), task="fault_envs:Arrays-v0"), 2)
-    assert "arguments that this one does not have: ensemble_lr_scaling, local_td_bootstrap, planner_num" in line
+def test_a_run_of_another_script_is_not_resumed(tmp_path, monkeypatch):
+    """bmpc_multihead.py has all arguments of bmpc.py, but not the other way round."""
+    monkeypatch.chdir(tmp_path)
+    assert run_task(tmp_path, "Arrays").code == 0
+    path = directory(tmp_path)
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    args, _ = bmpc_multihead.resolve_args(bmpc_multihead.parse_args(["--resume", str(path), "--steps", "90"]))
+    with pytest.raises(bmpc_multihead.UsageError, match="holds a run of bmpc.py; resume it with that script"):
+        bmpc_multihead.open_run_directory(args)
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
+    bmpc_multihead.save_checkpoint(start(small_args(bmpc_multihead), FakeEnvs([5, 7]), script=bmpc_multihead), tmp_path)
+    names = "arguments that this one does not have: ensemble_lr_scaling, local_td_bootstrap, planner_num"
+    with pytest.raises(bmpc.RunError, match=names):
+        bmpc.read_checkpoint(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_named():
     model = bmpc.WorldModel(bmpc.TaskInfo(3, 2, None), small_args(), torch.Generator())
     other = bmpc.WorldModel(bmpc.TaskInfo(3, 2, None), small_args(mlp_dim=20), torch.Generator())
     with pytest.raises(bmpc.UsageError, match=r"dynamics.layers.0.bias is \(1, 20\) there and \(1, 12\) here"):
@@ -286,7 +304,8 @@ ALLOCATION = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator:
 @pytest.mark.parametrize("error", [RuntimeError(ALLOCATION), MemoryError(), torch.OutOfMemoryError()], ids=type)
 def test_full_memory_is_named_whoever_reports_it(monkeypatch, tmp_path, capsys, error):
     assert raise_in_train(monkeypatch, tmp_path, error) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("bmpc.py: error: out of memory; try a smaller --buffer")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("bmpc.py: error: out of memory; start a new run with a smaller --buffer-size, --num-samples")
     assert not list(tmp_path.rglob("error.txt"))
 
 

@@ -255,6 +255,8 @@ def test_a_sweep_may_contain_its_baseline_and_compare_scripts_on_several_tasks(l
     _, table = report.over_tasks(groups)
     assert "| `tdmpc2` | 2 | 0.228 [0.22" in table and "| 0.453 [0.45" in table and "| 0.000 [0.000, 0.000] |" in table
     assert report.over_tasks(groups[:1]) == []
+    lab.run("0_scripts", "tdmpc2", 3, task="walker-walk")  # tasks with unequal numbers of seeds are not averaged
+    assert report.over_tasks(lab.groups("0_scripts")) == []
 
 
 def test_of_a_named_sweep_the_configuration_baseline_is_the_baseline(lab, monkeypatch):
@@ -283,7 +285,7 @@ def test_the_repeated_baseline_is_a_check_and_no_comparison(lab):
     assert again not in report.table(group) and line.endswith("seeds 1, 2 are equal to the baseline's bit for bit.")
     lab.seeds("0__1_test", "baseline", 100), lab.run("0__2c_expert_source", again, 1, [0, 50, 100, 99, 100])
     (line,) = report.repetition_check(lab.groups("0__2c_expert_source")[0])
-    assert line.endswith("**The curves of seeds 1 differ from the baseline's.**")
+    assert line.endswith("**The curves of seeds 1 differ, as is expected on a GPU only.**")
     lab.seeds("9__1_test", "baseline", 100), lab.run("9__2c_expert_source", again, 1, [0, 50], done=False)
     assert report.repetition_check(lab.groups("9__2c_expert_source")[0]) == []
 
@@ -330,6 +332,27 @@ def test_an_axis_ends_at_the_largest_value_that_all_reach(lab, axis, tag):
     assert groups[0].differences[PRIMARY]["utd_ratio_2"].interval[0] == pytest.approx(-10)
     decisions, notes = comparison.over_axis(lab.read(), "decisions")
     assert notes == [] and [run.curve().tolist() for run in decisions] == [run.curve().tolist() for run in lab.read()]
+
+
+def test_runs_without_a_common_range_are_not_compared(lab):
+    for seed in (1, 2):
+        seconds = {"1_test": [10, 20, 30, 40, 50], "2a_utd": [60, 70, 80, 90, 100]}
+        for sweep, values in seconds.items():
+            lab.run(sweep, "baseline", seed, [0, 1, 2, 3, seed], tags={"charts/training_seconds": values})
+    runs, notes = comparison.over_axis(lab.read(), "seconds")
+    assert notes[0] == "**1_test, dog-run: not compared, since the runs have no range of seconds in common.**"
+    assert comparison.group_runs(runs)["2a_utd"][0].differences[PRIMARY] == {}
+
+
+def test_a_curve_is_the_mean_of_finished_seeds(lab):
+    """Those that are under way are thin lines; a run that has only begun does not shorten the mean."""
+    lab.seeds("1_test", "baseline", 100, 120)
+    lab.run("1_test", "baseline", 3, [0, 500], done=False)
+    panel = matplotlib.figure.Figure().subplots()
+    figures.draw_panel(panel, *lab.groups("1_test"), "baseline", "decisions")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert lines["planner"] == [[0, 0], [100, 55], [200, 110], [300, 110], [400, 110]]
+    assert [[0, 0], [100, 500]] in lines.values()
 
 
 def test_longer_runs_are_cut_where_the_others_end(lab):
@@ -498,9 +521,24 @@ def test_the_page_and_what_is_exported(lab):
     (folder / "report.md").unlink()
     lab.page("--replot", folder)
     assert {file: file.read_bytes() for file in folder.rglob("*.*")} == first
+    lab.lines = [line.replace("--x 2", "--x 3") for line in lab.lines]
+    refused = lab.page("--export", folder)
+    assert refused.returncode == 1 and b" of another command: python bmpc.py --x 2; use another" in refused.stderr
+    assert {file: file.read_bytes() for file in folder.rglob("*.*")} == first
     (folder / "runs.json").write_text("")
     refused = lab.page("--export", folder)
     assert refused.returncode == 1 and refused.stderr.decode().endswith("runs.json: empty; nothing was exported\n")
+    refused = lab.page("--replot", lab.folder / "elsewhere")
+    assert refused.returncode == 1 and refused.stderr.count(b"\n") == 1
+    assert b"elsewhere is no complete folder of exported runs: " in refused.stderr
+
+
+def test_the_origin_of_a_run_that_was_resumed():
+    """Time of the first start, commits of all, versions of the last."""
+    starts = [{"time": "1", "torch": "1", "git_commit": c} for c in ("a", "a", None)]
+    starts.append({"time": "2", "torch": "2", "git_commit": "b"})
+    assert run_files.merge_starts(starts) == {"time": "1", "torch": "2", "git_commit": "a, b"}
+    assert run_files.merge_starts([]) == {}
 
 
 # --- results/

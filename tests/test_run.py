@@ -47,6 +47,7 @@ def test_a_run_logs_all_tags_at_the_right_steps(cartpole):
     assert steps("eval/episodic_return") == steps("eval/policy_episodic_return") == [66, 110]
     assert steps("charts/SPS") == [26, 50, 76, 100, 110]
     assert steps("losses/policy") == steps("charts/SPS")[1:] == steps("planner/value")
+    assert steps("losses/value") == [30, *steps("losses/policy")]  # pretraining has an entry of its own
     assert steps("charts/episodic_return") == [step for step in range(40, 111, 40) for _ in range(2)]
     assert {value for _, _, tag, value in rows if tag == "charts/episodic_length"} == {20.0}
 
@@ -132,18 +133,16 @@ def test_episodes_are_reproducible(task, repeat):
 
 
 def test_mean_metrics_and_values_that_are_not_finite(tmp_path):
-    """If pretraining and later updates are in one interval, the later ones count. NaN is never saved."""
+    """NaN is never saved."""
     run = start(small_args(), FakeEnvs([5, 7]))
-    pretraining, updates = [{"model": 1.0}, {"model": 3.0}], [{"model": 5.0, "kl": 7.0}, {"model": 7.0, "kl": 7.0}]
-    for values in pretraining:
+    for values in ({"model": 1.0}, {"model": 3.0}, {"policy": 5.0, "kl": 7.0}, {"policy": 7.0, "kl": 7.0}):
         run.accumulate_metrics({name: torch.tensor(value) for name, value in values.items()})
-    assert run.mean_metrics() == {"model": 2.0}
-    for values in updates:
-        run.accumulate_metrics({name: torch.tensor(value) for name, value in values.items()})
-    assert run.mean_metrics() == {"model": 6.0, "kl": 7.0}
+    assert run.mean_metrics() == {"model": 2.0, "policy": 6.0, "kl": 7.0}
     run.accumulate_metrics({"kl_scale": torch.tensor(math.nan)})
-    with pytest.raises(bmpc.RunError, match="kl_scale is not finite"):
-        run.mean_metrics()
+    for function in (run.mean_metrics, lambda: bmpc.save_checkpoint(run, tmp_path)):
+        with pytest.raises(bmpc.RunError, match="kl_scale is not finite"):
+            function()
+    run.metrics.clear()
     run.model.policy.layers[-1].bias.data[0, 0] = math.nan
     with pytest.raises(bmpc.RunError, match="a weight is not finite"):
         bmpc.save_checkpoint(run, tmp_path)

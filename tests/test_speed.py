@@ -272,8 +272,8 @@ def test_number_of_launches_besides_graphs(monkeypatch, script):
         assert len(others) <= most, "\n".join(others)
 
 
-def test_adam_is_fused_on_cpu_and_capturable_only_on_cuda():
-    expected = {"cpu": (True, False), "meta": (False, False), "cuda": (False, True)}
+def test_adam_is_fused_and_on_cuda_capturable():
+    expected = {"cpu": (True, False), "meta": (False, False), "cuda": (True, True)}
     for device, flags in expected.items():
         model = bmpc.WorldModel(TASK, small_args(), generator())
         with FakeTensorMode():  # its tensors need no GPU

@@ -199,6 +199,7 @@ def test_td_mpc2_runs_beside_the_runs_of_the_small_baseline():
 
 
 TASKS = "cup-catch finger-turn-easy pointmass-easy dm_control/walker-walk-v0 gymnasium:Pendulum-v1".split()
+TASKS += ["a_module:ML1-train"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -227,6 +228,7 @@ def test_a_new_folder_is_a_new_sweep(lab):
     assert len(lab.dry_run("all")) == 54 and all(args.planner_num_dynamics_heads == 2 for args in runs)
     varied = {(args.planner_value_std_coef_train, args.td_target_use_ema_policy, args.seed) for args in runs}
     assert varied == set(itertools.product([0.3, 1], [True, False], [1, 2]))
+    assert lab.dry_run("0_ablations") == Lab().dry_run("0_ablations")  # a registered sweep stays as it is
 
 
 def test_a_complete_name_is_preferred_to_the_beginning_of_another(lab):
@@ -276,6 +278,7 @@ ARGUMENT_MESSAGES = {  # arguments that are wrong -> the message ("...": anythin
     "2a --gpus 0,": ("--gpus must be a list such as 0,1, not '0,'", [[*DRY_RUN, "--gpus", "0,1"]]),
     "2a --gpus 0,,1": ("--gpus must be a list such as 0,1, not '0,,1'", [[*DRY_RUN, "--gpus", "0,1"]]),
     "2a --seeds 1,two": ("--seeds must be a list such as 1,2,3, not '1,two'", [[*DRY_RUN, "--seeds", "1,2,3"]]),
+    "2a --seeds 08,09": ("--seeds must be a list such as 1,2,3, not '08,09'", [[*DRY_RUN, "--seeds", "8,9"]]),
     "2a --slurm --gpus 0": (
         '--gpus is for this machine; with --slurm use --sbatch "--gres=gpu:1"',
         [["2a", "--slurm", "--sbatch", "--gres=gpu:1"]],
@@ -437,6 +440,15 @@ def test_done_runs_are_skipped_and_longer_ones_are_resumed(lab):
     assert [len(starts(run)) for run in lab.runs if "2d" in run.name] == [2, 1]
 
 
+def test_a_finished_run_that_is_damaged_is_not_done(lab):
+    lab.run("2h", "--seeds", "1", *SHORT)
+    with open(lab.runs[0] / "metrics.csv", "a") as file:
+        file.write("junk\n")
+    again = lab.run("2h", "--seeds", "1", *SHORT)
+    assert again.returncode == 1 and "1 runs: 0 done, 0 running, 0 failed, 0 waiting, 1 damaged" in again.stdout
+    assert "damaged (finished; delete its directory to run it again): runs/dog-run__" in again.stderr
+
+
 def test_options_of_the_report(lab):
     (lab.project / "sweep_list" / "report.py").write_text(STUB_REPORT)
     asked = lambda *arguments, **variables: lab.run("2a", *arguments, **variables).stdout.splitlines()[0]
@@ -576,7 +588,7 @@ def test_submission_to_slurm(lab):
         done = subprocess.run(["sh", "-c", wrap.removeprefix("--wrap=")], cwd=lab.cwd, env=variables)
         assert done.returncode == 0
     assert [len(starts(run)) for run in lab.runs] == [1] * 9
-    assert "nothing to do" in lab.run("2d", "2a", "--slurm", *options, **activated).stdout
+    assert "9 runs: 9 done" in lab.run("2d", "2a", "--slurm", *options, **activated).stdout
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,6 @@ seeds {1..8}
 flags --task cartpole-swingup --steps 10000 --learning-starts 1000 --eval-freq 1000 --eval-episodes 2 --num-q 5
 flags --num-samples 64 --num-elites 8 --num-pi-trajs 4 --iterations 4 --batch-size 64 --reanalyze-batch-size 5
 
-include 7_bmpc_equivalence
+include 7_bmpc_equivalence '[12]*'
 seeds {9..30}
 include 7_bmpc_equivalence 1_test

@@ -55,7 +55,9 @@ def margins(found: np.ndarray) -> tuple[float, float]:
 
 
 def main() -> None:
-    runs = load_exported(Path(sys.argv[1]))
+    if len(sys.argv) != 2:
+        sys.exit("usage: python effects.py FOLDER")
+    runs = [run for run in load_exported(Path(sys.argv[1])) if run.done]
     columns, tasks = {}, sorted({run.task for run in runs})
     for name, (measure, tag) in MEASURES.items():
         found = []
