@@ -47,6 +47,7 @@ import fcntl
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -2392,7 +2393,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     flags = {"--episodic": "--episodic=True", "--no-episodic": "--episodic=False"}
     values = ("True", "False", "None")  # tyro reads --episodic True itself
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    pairs = itertools.pairwise([*argv, ""])
     argv = [word if following in values else flags.get(word, word) for word, following in pairs]
     without_help = [word for word in argv if word not in ("-h", "--help")]
     args = tyro.cli(Args, args=without_help)  # finds the preset or run that supplies the defaults
