@@ -183,7 +183,7 @@ class Args:
     """RUN_DIR: evaluate the agent of this run, print mean and range of its returns, and exit"""
     preset: Literal["full", "small"] = "full"
     """small: smaller networks and a shorter run, which learns an easy task on a CPU in a quarter of an hour. It sets
-    the widths of all layers, whatever --model-size is"""
+    the widths of all layers, whatever --model-size is (--help shows the defaults of full)"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
@@ -1428,10 +1428,10 @@ class Run:
         """Average the metrics accumulated so far. Raises RunError if one is not finite."""
         means = {}
         for names, (total, count) in self.metrics.items():
-            means |= zip(names, (to_host(total) / count).tolist(), strict=True)
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise RunError(f"{name} is not finite; the last checkpoint was written before this happened")
+            for name, mean in zip(names, (to_host(total) / count).tolist(), strict=True):
+                if not math.isfinite(mean):
+                    raise RunError(f"{name} is not finite; the last checkpoint was written before this happened")
+                means[name] = mean
         return means
 
 
@@ -1770,8 +1770,10 @@ class Envs(AsyncVectorEnv):
         seeds = [derive_seed(self.seed, *key) for key in episode_keys]
         with env_errors_as_run_errors():
             first_obs, infos = self.reset(seed=seeds, options={"reset_mask": mask})
-        for error in filter(None, infos.get("env_error", [])):
-            print_line(f"warning: an episode started with another seed, because its reset failed ({error})", sys.stderr)
+        for i, error in enumerate(infos.get("env_error", [])):
+            if error:
+                message = f"environment {i} starts its episode with another seed, because its reset failed ({error})"
+                print_line(f"warning: {message}", sys.stderr)
         return np.where(mask[:, None], first_obs, obs)
 
     call = env_errors_as_run_errors()(AsyncVectorEnv.call)
@@ -2244,6 +2246,7 @@ def checkpoint_contents(run: Run, keep_replay: bool = True) -> dict[str, Any]:
     """
     return {
         "format": CHECKPOINT_FORMAT,
+        "script_name": Path(__file__).name,
         "args": dataclasses.asdict(run.args),
         "model": run.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -2455,9 +2458,9 @@ def lock_directory(directory: Path) -> None:
 
 def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
     """Raise UsageError if the run in the directory is finished, or if its script or its arguments are different."""
-    script = Path(__file__).with_name(f"{state['args']['exp_name']}.py")
-    if script.exists() and script.name != Path(__file__).name:
-        raise UsageError(f"{directory} holds a run of {script.name}; resume it with that script")
+    script, this_script = state.get("script_name"), Path(__file__)
+    if script not in (None, this_script.name) and this_script.with_name(script).exists():
+        raise UsageError(f"{directory} holds a run of {script}; resume it with that script")
     new_run = f"start a new run {'without --resume and ' if args.resume else ''}with --run-name NAME"
     old_args, new_args = dataclasses.asdict(Args(**state["args"])), dataclasses.asdict(args)
     fixed = [name for name, metadata in field_metadata().items() if RESUMABLE not in metadata]
@@ -2683,12 +2686,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     values = ("True", "False", "None")  # tyro reads --episodic True itself
     pairs = itertools.pairwise([*argv, ""])
     argv = [word if following in values else flags.get(word, word) for word, following in pairs]
-    without_help = [word for word in argv if word not in ("-h", "--help")]
-    args = tyro.cli(Args, args=without_help)  # finds the preset or run that supplies the defaults
+    args = tyro.cli(Args, args=argv)  # finds the preset or run that supplies the defaults
     defaults = PRESETS[args.preset]
     if directory := args.evaluate or args.resume:
         defaults = read_checkpoint(checkpoint_directory(directory))["args"] | {"resume": "", "evaluate": ""}
-    if defaults or argv != without_help:
+    if defaults:
         args = tyro.cli(Args, args=argv, default=Args(**defaults))
     paths = {name: str(checkpoint_directory(path)) for name in ("resume", "evaluate") if (path := getattr(args, name))}
     return dataclasses.replace(args, **paths)
@@ -2787,7 +2789,7 @@ def catch_stop_signals() -> list[int]:
     def handle_signal(number: int, frame: Any) -> None:
         if not stop_signals and os.getpid() == main_process:
             with contextlib.suppress(OSError):
-                os.write(2, b"stopping after this step, with a checkpoint; another Ctrl-C ends the run at once\n")
+                os.write(2, b"\nstopping; another Ctrl-C ends the process at once\n")
         stop_signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -2853,9 +2855,10 @@ def profile(path: Path) -> torch.profiler.profile:
 
 
 def raise_with_step(run: Run, error: Exception, stop_signals: list[int], directory: Path) -> int:
-    """Raise the error again, with the step it occurred at. After a stop signal, return the exit code instead.
+    """Raise the error again, with the step it occurred at.
 
-    The traceback of an unexpected error is written to error.txt.
+    The traceback of an unexpected error is written to error.txt. After a stop signal, such an error is only a warning,
+    and the exit code is returned.
     """
     with contextlib.suppress(RuntimeError):  # after an error of CUDA, nothing can be read from the device
         try:
@@ -2867,7 +2870,8 @@ def raise_with_step(run: Run, error: Exception, stop_signals: list[int], directo
     if is_out_of_memory(error):
         raise error
     path = directory / "error.txt"
-    path.write_text("".join(traceback.format_exception(error)), "utf-8")
+    with contextlib.suppress(OSError):
+        path.write_text("".join(traceback.format_exception(error)), "utf-8")
     message = f"step {run.global_step}: {describe_with_place(error)}; the traceback is in {path}"
     if stop_signals:  # for example, the signal also interrupted a compiler process
         print_line(f"warning: {message}", sys.stderr)
@@ -2918,7 +2922,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         except Exception as e:
             smaller = "a smaller --buffer-size, --num-samples or --batch-size"
-            advice = f"out of memory; start a new run with {smaller} and with --run-name NAME"
+            advice = f"out of memory; try {smaller}, for a run that has begun with --run-name NAME"
             print_error(advice if is_out_of_memory(e) else describe_with_place(e))
             return 1
         finally:

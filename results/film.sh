@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 run=runs/dog-run__bmpc__22__0_dog_run_25k__baseline
+[[ -e $run/checkpoint.pt ]] || { echo "first train the agent: bash sweeps.sh 0_dog_run_25k --seeds 22" >&2; exit 2; }
 python bmpc.py --evaluate $run --eval-episodes 1 --capture-video
 ffmpeg=$(python -c 'import imageio_ffmpeg; print(imageio_ffmpeg.get_ffmpeg_exe())')
 filter="setpts=PTS/2,fps=15,scale=240:-1,split[a][b];[a]palettegen=max_colors=64[p];[b][p]paletteuse=dither=none"

@@ -60,7 +60,9 @@ def over_axis(runs: list[Run], axis: str) -> tuple[list[Run], list[str]]:
             continue
         low, high = max(curve[0, 0] for curve in finished), min(curve[-1, 0] for curve in finished)
         if low > high:
-            notes.append(f"**{sweep}, {task}: not compared, since the runs have no range of {axis} in common.**")
+            notes.append(
+                f"**{sweep} and what is compared with it, {task}: the runs have no range of {axis} in common.**"
+            )
             for run in members:
                 run.metrics |= dict.fromkeys((PLANNER, POLICY), np.empty((0, 2)))
             continue

@@ -151,7 +151,7 @@ def answer(group: Group) -> list[str]:
             f" area {difference.of_area}, of what it learned {difference.of_learned}; simultaneous interval"
             " [{:+.1f}, {:+.1f}]".format(*difference.simultaneous)
         )
-    return ["\n".join(lines) or "**not enough data**: an interval needs two seeds a side on this axis."]
+    return ["\n".join(lines) or "**not enough data**: an interval needs two seeds a side with values on this axis."]
 
 
 def repetition_check(group: Group) -> list[str]:
@@ -165,7 +165,8 @@ def repetition_check(group: Group) -> list[str]:
         return []
     text = f"Check: `{REPEATED_BASELINE}` has the baseline's flags and is compared with nothing. "
     if different:
-        return [text + f"**The curves of seeds {', '.join(different)} differ, as is expected on a GPU only.**"]
+        reason = "as expected only on a GPU, or between machines or commits"
+        return [text + f"**The curves of seeds {', '.join(different)} differ, {reason}.**"]
     return [text + f"The curves of seeds {', '.join(equal)} are equal to the baseline's bit for bit."]
 
 
@@ -205,7 +206,7 @@ def table(group: Group) -> str:
 def over_tasks(groups: list[Group]) -> list[str]:
     """Return the aggregate table of configurations that are compared with a baseline on several dm_control tasks."""
     rows = [["configuration", "tasks", "IQM", "IQM of the baseline", "probability of improvement"], ["---"] * 5]
-    # Of dm_control, where returns reach 1 000; while seeds are missing, tasks would count differently
+    # Of dm_control, where returns reach 1 000; tasks with unfinished runs are left out
     groups = [group for group in groups if group.done and not re.search(r"-v\d+$", group.task)]
     for configuration in dict.fromkeys(name for group in groups for name in group.differences[PRIMARY]):
         found = [group.differences[PRIMARY].get(configuration) for group in groups]
@@ -288,18 +289,19 @@ def page(runs: list[Run], out: Path, axis: str = "decisions") -> str:
 NOTES = """\
 ## How to read this
 
-Forest plot: a dot is a seed, a diamond the estimate, a line its interval. Curves: evaluations, the mean over seeds in
-bold; shaded its 95 % t-interval, up to five seeds each seed as a thin line instead. Area under a curve: divided by its
-length, so it is a mean return. Final return: mean of the last three evaluations. ± is half a 95 % t-interval. Decisions
-a second: the median of charts/SPS after the random warm-up; rough, since other work on the machine changes it.
+Forest plot: a dot is a seed, a diamond the estimate, a line its interval. Curves: evaluations, the mean over finished
+seeds in bold; shaded its 95 % t-interval, or, of up to five seeds, each as a thin line, as are unfinished ones. Area
+under a curve: divided by its length, so it is a mean return. Final return: mean of the last three evaluations. ± is
+half a 95 % t-interval. Decisions a second: the median of charts/SPS after the random warm-up; rough, since other work
+on the machine changes it.
 
-After the semicolon: the difference to the baseline, its 95 % interval and p by Welch's t-test. Where it is given in %,
-the unit is the observed mean of the baseline, whose own uncertainty is not included. p is corrected by Holm
-for all configurations of this page, each measure by itself. The area under the planner's curve decides: *better* or
-*worse* if p is at most 0.05, else *not resolved*; the interval says which differences remain possible. What is learned:
-the area above the first evaluation. The simultaneous interval is Dunnett's: in 95 % of experiments all of them contain
-their true differences at once, if all configurations have the same spread. Where it contains 0 although p is at most
-0.05, the answer *depends on the test*.
+After the semicolon: the difference to the baseline, its 95 % interval and p by Welch's t-test. Where it is given in
+%, the unit is the observed mean of the baseline, whose own uncertainty is not included. p is corrected by Holm for
+all configurations of this page, each measure by itself. The area under the planner's curve decides: *better* or
+*worse* if p is at most 0.05, else *not resolved*; the interval says which differences remain possible. What is
+learned: the area above the first evaluation. The simultaneous interval is Dunnett's: in 95 % of experiments all of
+them contain their true differences at once, if all configurations have the same spread. Where it contains 0 although
+p is at most 0.05, the answer *depends on the test*.
 
 IQM: interquartile mean over tasks and seeds. Probability of improvement: that a seed beats one of the baseline on the
 same task. Both as in Agarwal et al. (2021), with 95 % bootstrap intervals, seeds resampled within each task.

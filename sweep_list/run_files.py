@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +124,7 @@ def read_run(line: str) -> Run:
 
 def merge_starts(starts: list[dict]) -> dict:
     """Return time of the first start, git commits of all starts, and the rest of the last one."""
+    starts = [start for start in starts if isinstance(start, dict)]
     versions = dict(starts[-1]) if starts else {}
     if "time" in versions:
         versions["time"] = starts[0].get("time", versions["time"])
@@ -195,13 +195,15 @@ def export_runs(runs: list[Run], folder: Path) -> None:
     if problems:
         sys.exit(f"report.py: {problems[0]}; nothing was exported")
     entries = {name: entry for name, entry in entries.items() if entry.get("finished", True)}
-    for run in runs:
-        entry = {key: getattr(run, key) for key in RUN_FIELDS}
-        _python, script, *flags = shlex.split(run.command)
-        entry["command"] = shlex.join(["python", Path(script).name, *flags])  # without the folders of this machine
-        kept = entries.get(run.name)
-        if kept and kept["command"] != entry["command"]:
-            sys.exit(f"report.py: {to_text(folder)} has {run.name} of another command: {kept['command']}; use another")
+    word = r"(?:\\.|[^\\\s])"  # a character of a word, with bash's escapes
+    commands = [re.sub(rf"^{word}+ (?:{word}*/)?", "python ", run.command) for run in runs]  # without folders
+    for run, command in zip(runs, commands, strict=True):
+        kept = entries.get(run.name, {}).get("command", command)
+        if not run.done and kept != command:
+            message = f"{to_text(folder)} holds a finished run of another command, {kept}; export to another folder"
+            sys.exit(f"report.py: {message}")
+    for run, command in zip(runs, commands, strict=True):
+        entry = {key: getattr(run, key) for key in RUN_FIELDS} | {"command": command}
         if not run.done:
             entries.setdefault(run.name, entry | {"finished": False})
             continue

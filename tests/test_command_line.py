@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,13 +74,6 @@ def test_preset_sets_flags_and_flags_override_it():
     assert bmpc.parse_args(["--preset", "small"]) == bmpc.parse_args([*SMALL.split(), "--preset", "small"])
     expected = dataclasses.replace(bmpc.parse_args(SMALL.split()), preset="small", num_q=5)
     assert bmpc.parse_args(["--num-q", "5", "--preset", "small"]) == expected
-
-
-def test_help_shows_the_defaults_of_the_preset(capsys):
-    for flags, default in (([], 256), (["--preset", "small"], 128)):
-        with pytest.raises(SystemExit):
-            bmpc.parse_args([*flags, "--help"])
-        assert re.search(rf"--batch-size INT[^()]*\(default: {default}\)", capsys.readouterr().out)
 
 
 def test_episodic_takes_the_values_that_help_lists():

@@ -118,7 +118,7 @@ def test_the_failed_step_is_in_no_window():
     assert [step for step, env in starts if env == 1] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_reset_that_fails_is_tried_with_other_seeds():
+def test_a_reset_that_fails_is_tried_with_other_seeds(monkeypatch, capsys):
     seeds = []
 
     class Failing(fault_envs.Base):
@@ -131,6 +131,13 @@ def test_a_reset_that_fails_is_tried_with_other_seeds():
                 raise ValueError("the simulation diverged")
             return obs * (np.nan if len(seeds) <= self.failures else 1), info
 
+    monkeypatch.setattr(bmpc, "make_env", lambda *args: bmpc.TruncateOnError(Failing()))
+    with bmpc.Envs(small_args(env_id="fault_envs:Short-v0"), 2) as envs:
+        envs.start_episodes(np.array([False, True]), [(0, 0), (1, 0)], np.zeros((2, 3)))
+    warning = (
+        "warning: environment 1 starts its episode with another seed, because its reset failed (ValueError: the first"
+    )
+    assert capsys.readouterr().err.startswith(warning)
     env = bmpc.TruncateOnError(Failing())
     obs, _ = env.reset(seed=7)
     assert np.isfinite(obs).all() and seeds == [7, *(bmpc.derive_seed(7, n) for n in range(1, 10))]
@@ -305,7 +312,9 @@ ALLOCATION = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator:
 def test_full_memory_is_named_whoever_reports_it(monkeypatch, tmp_path, capsys, error):
     assert raise_in_train(monkeypatch, tmp_path, error) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("bmpc.py: error: out of memory; start a new run with a smaller --buffer-size, --num-samples")
+    assert line.startswith(
+        "bmpc.py: error: out of memory; try a smaller --buffer-size, --num-samples or --batch-size, for"
+    )
     assert not list(tmp_path.rglob("error.txt"))
 
 
@@ -330,7 +339,7 @@ ENVIRON = os.environ | {"PYTHONPATH": str(runs.TESTS), "OMP_NUM_THREADS": "1"}
 
 
 def test_output_that_nobody_reads_ends_nothing(tmp_path):
-    """As with `2>&1 | tee log` and Ctrl-C, where tee ends first. Each line is written at once."""
+    """As with `2>&1 | tee log` and Ctrl-C, where tee ends first. Each line is written at once; the run resumes."""
     options = {"cwd": tmp_path, "env": ENVIRON | {"PYTHONUNBUFFERED": ""}, "text": True, "start_new_session": True}
     words = command("--steps", 4000)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
@@ -338,7 +347,9 @@ def test_output_that_nobody_reads_ends_nothing(tmp_path):
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(runs.PATIENCE) == bmpc.EXIT_RESUMABLE
-    assert checkpoint(tmp_path)["global_step"] > 0
+    step = checkpoint(tmp_path)["global_step"]
+    assert step > 0
+    assert subprocess.run(command("--steps", step + 20), capture_output=True, **options).returncode == 0
 
 
 @pytest.mark.parametrize("handler, code", [("SIG_DFL", bmpc.EXIT_RESUMABLE), ("SIG_IGN", 0)])

@@ -76,9 +76,9 @@ COMPILED = {  # script, flags, and for a sibling the functions that it changes
 def test_compiled_functions_match_eager(name, monkeypatch):
     """Each function is one graph that is compiled once.
 
-    bmpc.py uses the compiler of a run, on a CPU in two processes; that the second one fills the cache for the first one
-    is shown only if the cache is empty, as on a new machine. Siblings use the backend "eager", which captures graphs but
-    needs no compiler.
+    bmpc.py uses the compiler of a run, on a CPU in two processes. Whether the second one fills the cache for the first
+    one is tested only if the cache is empty, as on a new machine. Siblings use the backend "eager", which captures
+    graphs but needs no compiler.
     """
     script, flags, names = COMPILED[name]
     sizes = dict(num_samples=16, iterations=2, num_envs=4, horizon=2)

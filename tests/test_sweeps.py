@@ -416,6 +416,7 @@ def test_the_interpreter(lab):
 
 def test_shellcheck():
     files = [ROOT / "sweeps.sh", ROOT / "tests" / "slurm.sh", *(ROOT / "sweep_list").rglob("*.sh")]
+    files += (ROOT / "results").glob("*.sh")
     assert len(files) > 12
     subprocess.run([Path(sys.executable).with_name("shellcheck"), "-x", *files], check=True)
 
