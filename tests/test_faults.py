@@ -135,7 +135,7 @@ def test_a_reset_that_fails_is_tried_with_other_seeds(monkeypatch, capsys):
     with bmpc.Envs(small_args(env_id="fault_envs:Short-v0"), 2) as envs:
         envs.start_episodes(np.array([False, True]), [(0, 0), (1, 0)], np.zeros((2, 3)))
     warning = (
-        "warning: environment 1 starts its episode with another seed, because its reset failed (ValueError: the first"
+        "warning: environment 1 starts its episode with another seed, because its reset failed (ValueError: the sim"
     )
     assert capsys.readouterr().err.startswith(warning)
     env = bmpc.TruncateOnError(Failing())
