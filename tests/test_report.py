@@ -477,7 +477,7 @@ def test_everything_is_utf_8_whatever_the_locale(lab):
     assert lab.page("--due", **environ).stdout == b""
     assert lab.page("--export", "kept", **environ).returncode == 0
     text = (lab.folder / "kept" / "report.md").read_text(encoding="utf-8")
-    assert "## Is it besser für uns? (1_test)" in text and "± is half" in text
+    assert "## Is it besser für uns? (1_test)" in text and "±" in text
     assert "Tänzer-v0" in text and "\u00c3" not in text and (lab.folder / "kept" / f"{folder.name}.csv").exists()
 
 
