@@ -150,17 +150,28 @@ def test_mean_metrics_and_values_that_are_not_finite(tmp_path):
 
 
 def test_training_seconds_are_those_of_acting_and_learning(tmp_path, monkeypatch):
-    """On a clock that a step, a checkpoint and an evaluation advance by 1, 10 and 100 seconds."""
+    """On a clock that a step, a checkpoint, an evaluation, a pretraining update and a compilation advance by 1, 10,
+    100, 1 000 and 10 000 seconds. The speed is that of steps alone.
+    """
     clock = SimpleNamespace(**vars(time) | {"now": 0.0, "perf_counter": lambda: clock.now})
 
     def takes(seconds, function):
-        def timed(*args):
-            clock.now += seconds
-            return function(*args)
+        def timed(*args, **kwargs):
+            clock.now += seconds(**kwargs) if callable(seconds) else seconds
+            return function(*args, **kwargs)
 
         return timed
 
+    def compile_while_acting(*args):
+        clock.now += 10_000
+        bmpc.CompileTimer.seconds += 10_000
+        return act(*args)
+
+    act = bmpc.act
     monkeypatch.setattr(bmpc, "time", clock)
+    monkeypatch.setattr(bmpc.CompileTimer, "seconds", 0.0)
+    monkeypatch.setattr(bmpc, "act", compile_while_acting)
+    monkeypatch.setattr(bmpc, "train_step", takes(lambda pretraining: 1000 * pretraining, bmpc.train_step))
     monkeypatch.setattr(bmpc, "save_checkpoint", takes(10, lambda *args: None))
     monkeypatch.setattr(bmpc, "evaluate", takes(100, lambda *args: {"eval/episodic_return": 0.0}))
     monkeypatch.setattr(FakeEnvs, "step_wait", takes(1, FakeEnvs.step_wait))
@@ -168,7 +179,9 @@ def test_training_seconds_are_those_of_acting_and_learning(tmp_path, monkeypatch
     run_loop(args, FakeEnvs([20] * args.num_envs), tmp_path)
     rows = runs.numbers(tmp_path, speeds=True)
     seconds = {step: value for step, _, tag, value in rows if tag == "charts/training_seconds"}
-    assert len(seconds) >= 6 and seconds == {step: step / args.num_envs for step in seconds}
+    pretraining = 1000 * args.learning_starts
+    expected = {step: step / args.num_envs + pretraining * (step >= args.learning_starts) for step in seconds}
+    assert len(seconds) >= 6 and seconds == expected
     assert {value for _, _, tag, value in rows if tag == "charts/SPS"} == {args.num_envs}
 
 
