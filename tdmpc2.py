@@ -33,9 +33,10 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     P  of them from the policy        H  dynamics heads (more than 1 in bmpc_multihead.py)
     C  capacity of the replay buffer, in vector steps
 
-A decision is one action in one environment; a vector step is one decision in each of the E environments. In the flags'
-help texts, "official" is the code of BMPC's authors and "JAX" is a port of it. All hyperparameters but
-num_envs have TD-MPC2's values for dm_control. The sweeps that the help names are ablations of bmpc.py.
+A decision is one action in one environment, the unit of --steps and global_step; a vector step is one decision in each
+of the E environments. In the flags' help texts, "official" is the code of BMPC's authors and "JAX" is a port of it. All
+hyperparameters but num_envs have TD-MPC2's values for dm_control. The sweeps that the help names are ablations of
+bmpc.py.
 """
 
 import contextlib
@@ -111,7 +112,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"
+RESUMABLE = "may change when a run is resumed"  # marks such an argument; all others stay what they were
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -181,7 +182,7 @@ class Args:
     """learn to predict terminations; required if episodes can end other than by a time limit. None: off for dm_control,
     on otherwise. --episodic and --no-episodic set it"""
     discount: UnitFloat | None = None
-    """discount per decision; None: clip((n/denom - 1)/(n/denom), min, max) for episodes of n decisions (TD-MPC2)"""
+    """discount per decision; None: 1 - denom/n, clipped to [min, max], for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
     """denom in the formula of the discount"""
     discount_min: UnitFloat = 0.95
@@ -193,12 +194,12 @@ class Args:
     total_timesteps: Resumable[Annotated[PositiveInt, tyro.conf.arg(aliases=["--steps"])]] = 200_000
     """decisions of the whole run, summed over environments (env_steps = decisions x action_repeat)"""
     learning_starts: PositiveInt = 2_500
-    """decisions with random actions, followed by as many pretraining updates"""  # [T1]
+    """decisions of the warm-up, with random actions; as many pretraining updates follow"""  # [T1]
     utd_ratio: PositiveFloat = 1.0
     """updates per decision; 0.5 is one update every two decisions. Sweep 2a: do more updates per decision speed up
     learning?"""
     batch_size: PositiveInt = 256
-    """windows in a batch"""
+    """windows (sequences of --horizon transitions) in a batch"""
     buffer_size: PositiveInt = 1_000_000
     """maximum number of transitions in the replay buffer; it never allocates more than the run needs"""
     lr: PositiveFloat = 3e-4
@@ -208,7 +209,7 @@ class Args:
     grad_clip_norm: PositiveFloat = 20.0
     """maximum norm of the gradient: of world model and value heads together, and of the policy"""
     tau: UnitFloat = 0.01
-    """step size of the target value heads, an exponential moving average (EMA) of the value heads"""
+    """step size of the target value heads, which are an exponential moving average (EMA) of the value heads"""
     rho: PositiveFloat = 0.5
     """step t of a rollout has weight rho^t in every loss"""
     normalize_rho_weights: bool = False  # [T1]
@@ -292,6 +293,9 @@ class Args:
     """weight of a second consistency loss, which moves the encoded observations toward the predicted states; in the
     first, they are fixed targets. Sweep 2f: does it improve the encoder?"""
     # [T1] BMPC: flags of an EMA of the policy
+
+
+# The scripts differ in the following parts of resolve_args and check_args
 
 
 def resolve_algorithm_args(args: Args) -> Args:
@@ -645,7 +649,7 @@ def mppi_iteration(
     """
     # Sample action sequences and predict their returns
     samples = (mean[:, None] + std[:, None] * eps[:, :, :-1]).clamp(-1, 1)  # (S, N-P, T, A) [T3]
-    steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A)
+    steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A): the actions of a step lie together in memory
     last_action = lambda z: sample_action(policy, z, eps[None, :, :, -1], args)  # [T3]
     select_action = lambda t, z: steps[None, t] if t < len(steps) else last_action(z)  # (1, S, N-P, A) [T3]
     shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
@@ -680,9 +684,9 @@ def plan(
     """Plan for S states at once with MPPI (TD-MPC2), where the policy proposes some of the candidates.
 
     Acting and evaluation both use this function. [T5]
-    policy: the policy that proposes candidates. obs: (S, O).
+    policy: proposes some of the candidates. It is model.policy, or in bmpc_dual_policy.py one of two. obs: (S, O).
     prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
-    propose, iterate: policy_candidates and mppi_iteration, compiled or not.
+    propose, iterate: policy_candidates and mppi_iteration; compile_functions passes compiled ones.
     """
     z = model.encoder(obs)  # (S, L)
     heads = noise.heads[0]  # (2,) [T3]
@@ -847,10 +851,10 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Return the new running scale of x (B,), the first step of each window, from the old one.
+    """Compute the new running scale of the policy loss (TD-MPC2).
 
-    x is the KL in BMPC, and the Q-value in TD-MPC2. The scale is a moving average, with step size 0.01, of the range
-    from the 5th to the 95th percentile. Ranges below 1 count as 1.
+    x (B,): the KL, or in tdmpc2.py Q-values, at the first step of each window. The scale is an exponential moving
+    average, with step size 0.01, of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1.
     """
     x = x.detach().sort().values
 
@@ -995,7 +999,7 @@ class ReplayBuffer:
         """
         row = [obs, action, reward[:, None], terminated[:, None], next_obs]  # [T5]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
-        self.valid_start[self.step % self.capacity] = False
+        self.valid_start[self.step % self.capacity] = False  # the window that starts here is not complete yet
         self.episode_step += 1
         self.step += 1
         # This vector step completes the windows that start horizon - 1 vector steps earlier
@@ -1016,7 +1020,7 @@ class ReplayBuffer:
                 "start a new run with a smaller --horizon and with --run-name NAME"
             )
         start = self.start_indices[(uniform * len(self.start_indices)).astype(np.int64)]  # (B,)
-        index = (start + E * np.arange(T)[:, None]) % (C * E)  # (T, B)
+        index = (start + E * np.arange(T)[:, None]) % (C * E)  # (T, B); an environment's next row is E rows later
         index = to_device(index, self.rows.device)
         return self.split_rows(self.rows.flatten(0, 1)[index])  # [T5]
 
@@ -1032,7 +1036,10 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state into an empty buffer. Its capacity may be larger if the saved one had overwritten nothing."""
+        """Restore a state into an empty buffer.
+
+        This buffer's capacity may be larger than that of the saved one, if that had overwritten nothing.
+        """
         self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
         self.valid_start[: self.step] = state["valid_start"]
@@ -1107,7 +1114,7 @@ class Run:
         self.model = WorldModel(task, args, seeded_generator(args.seed, "init", device="cpu")).to(device)
         self.optimizers = make_optimizers(self.model, args)
         self.buffer = ReplayBuffer(args, task, device)
-        self.metrics: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # names: (their sums, on the device, and a count)
+        self.metrics: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # names -> (sums on the device, number of terms)
 
         # Counters
         self.global_step = 0  # decisions, summed over environments
@@ -1151,7 +1158,10 @@ class Run:
 
 
 def updates_due(args: Args, step: int) -> int:
-    """Return how many updates must have been done by a global step: floor(utd_ratio x decisions after the warm-up)."""
+    """Return how many updates are due when global_step is `step`: floor(utd_ratio x decisions after the warm-up).
+
+    In floats, 0.29 x 100 is 28.999..., and an update would come late.
+    """
     warm_up = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
 
@@ -1177,11 +1187,11 @@ def pretrain(run: Run, controller: "RunController") -> None:
         while run.pretraining_updates < run.args.learning_starts and not controller.stop_requested:
             train_step(run, pretraining=True)
             progress.update()
-    controller.restart_speed()
+    controller.restart_speed()  # no decisions were made meanwhile
 
 
 def store_step(run: Run, envs: "Envs", action: Tensor, mean: Tensor) -> None:  # [T5]
-    """Store the transitions of a step.
+    """Wait for the step that step_async started, store its transitions and go on to the next observations.
 
     mean: (E, T, A), of the current plans. Shifted by one step, they start the next plans, except in new episodes.
     """
@@ -1285,9 +1295,10 @@ class TaskInfo(NamedTuple):
 def resolve_env_id(task: str) -> str:
     """Return the Gymnasium id of a task. TD-MPC2's names, such as dog-run or cup-catch, become ids of dm_control.
 
-    Other ids with a version, and `module:Id`, whose module registers the environment, are returned unchanged.
+    Ids with a version, such as Hopper-v5, and `module:Id`, whose module registers the environment, are returned
+    unchanged.
     """
-    if re.search(r":|^(?!dm_control/).*-v\d+$", task):
+    if ":" in task or (re.search(r"-v\d+$", task) and not task.startswith("dm_control/")):
         return task
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # shimmy prints which environments it cannot import
@@ -1547,7 +1558,7 @@ def finish_step(run: Run, envs: Envs) -> EnvStep:
     run.episode_return += torch.from_numpy(reward)
     ended = terminated | truncated
     failed = np.array([error is not None for error in errors])
-    lengths = run.buffer.episode_step + ~failed  # the buffer does not yet count this step
+    lengths = run.buffer.episode_step + ~failed  # the buffer does not count this step yet; a failed one does not count
     run.finished_episodes = []
     for i in np.flatnonzero(ended).tolist():
         episode = FinishedEpisode(i, int(run.episode[i]), float(run.episode_return[i]), int(lengths[i]), errors[i])
@@ -1590,8 +1601,9 @@ def start_run_episodes(run: Run, envs: Envs) -> None:
         diverged = (obs.view(np.int32) != to_host(run.obs).view(np.int32)).any(1)
         if diverged.any():
             env_ids = np.flatnonzero(diverged).tolist()
-            reason = "do not reproduce their unfinished episodes, or the replay buffer no longer holds these"
-            print_line(f"warning: environments {env_ids} {reason}; new ones start", sys.stderr)
+            message = f"the unfinished episodes of environments {env_ids} cannot be continued (the simulator does not"
+            message += " reproduce them, or the replay buffer no longer holds them); new episodes start"
+            print_line(f"warning: {message}", sys.stderr)
             run.episode += torch.from_numpy(diverged)
             obs = envs.start_episodes(diverged, enumerate(run.episode.tolist()), obs)
             run.episode_return[diverged] = 0
@@ -1845,8 +1857,9 @@ class CompileTimer:
 
 
 # The program of a second process. Its arguments are the directory and name of this script, and Args and TaskInfo as
-# JSON. The cache's keys depend on the first module in which pickle finds torch, which has to be the main module in both
-# processes. multiprocessing is not used: if its process is killed, it warns about leaked semaphores
+# JSON. It names torch, because the cache's keys depend on the first module in which pickle finds torch: that has to be
+# the main module in both processes. multiprocessing is not used: if its process is killed, it warns about leaked
+# semaphores
 COMPILE_AHEAD = """
 import importlib, json, sys
 directory, name, args, task = sys.argv[1:]
@@ -2011,7 +2024,7 @@ def load_model(model: WorldModel, state: dict[str, Tensor]) -> None:
 
 
 def save_checkpoint(run: Run, directory: Path, keep_replay: bool = True) -> None:
-    """Write checkpoint.pt. Raises RunError, and writes nothing, if a loss or weight is not finite or the disk full."""
+    """Write checkpoint.pt. Raises RunError, and writes nothing, if a number is not finite or the disk is full."""
     run.mean_metrics()  # checks that all are finite
     is_finite = torch.stack([x.isfinite().all() for x in run.model.state_dict().values()])
     if not to_host(is_finite).all():
@@ -2170,7 +2183,7 @@ def lock_directory(directory: Path) -> None:
 
 def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
     """Raise UsageError if the run in the directory is finished, or if its script or its arguments are different."""
-    script, this_script = state.get("script_name"), Path(__file__)
+    script, this_script = state.get("script_name"), Path(__file__)  # older checkpoints have no name
     if script not in (None, this_script.name) and this_script.with_name(script).exists():
         raise UsageError(f"{directory} holds a run of {script}; resume it with that script")
     new_run = f"start a new run {'without --resume and ' if args.resume else ''}with --run-name NAME"
@@ -2185,8 +2198,8 @@ def check_resumable(directory: Path, state: dict[str, Any], args: Args) -> None:
         reason = "it was finished with --no-keep-replay, so it cannot be continued"
         raise UsageError(f"{finished}; {reason}; evaluate it with --evaluate {directory}, or {new_run}")
     is_finished = (directory / "finished.json").exists()
-    # A run that was killed in its last evaluation is resumed to repeat it; its checkpoint is less than num_envs
-    # decisions past --steps. A run that is further past them had more --steps before, so it counts as finished
+    # Without finished.json, a run less than num_envs decisions past --steps was killed in its last evaluation, and is
+    # resumed to repeat it. A run that is further past had more --steps before, so it counts as finished
     if step >= args.total_timesteps + (0 if is_finished else args.num_envs):
         advice = f"continue it with more --steps, evaluate it with --evaluate {directory}, or {new_run}"
         raise UsageError(f"{finished}; {advice}")
@@ -2326,8 +2339,8 @@ class RunController:
                 return self.stop()
             self.logger.add(run.global_step, returns)
             self.postfix["evaluation"] = f"{returns['eval/episodic_return']:.1f}"
-        pretrained = run.global_step - args.num_envs < args.learning_starts <= run.global_step  # right before this step
-        if is_due(args.log_freq) or (args.log_freq and pretrained):
+        just_pretrained = run.global_step - args.num_envs < args.learning_starts <= run.global_step
+        if is_due(args.log_freq) or (args.log_freq and just_pretrained):
             self.log_metrics()
         if is_due(args.eval_freq) or is_due(args.log_freq):
             updates = run.pretraining_updates + run.updates
@@ -2395,7 +2408,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Parse the command line. The defaults are those of a preset, or of the run given to --resume or --evaluate."""
     argv = sys.argv[1:] if argv is None else argv
     flags = {"--episodic": "--episodic=True", "--no-episodic": "--episodic=False"}
-    values = ("True", "False", "None")  # tyro reads --episodic True itself
+    values = ("True", "False", "None")  # tyro requires one of them after --episodic, which defaults to None
     pairs = itertools.pairwise([*argv, ""])
     argv = [word if following in values else flags.get(word, word) for word, following in pairs]
     args = tyro.cli(Args, args=argv)  # finds the preset or run that supplies the defaults
@@ -2634,7 +2647,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         except Exception as e:
             smaller = "a smaller --buffer-size, --num-samples or --batch-size"
-            advice = f"out of memory; try {smaller}, for a run that has begun with --run-name NAME"
+            advice = f"out of memory; try {smaller}; if the run has begun, add --run-name NAME to start a new one"
             print_error(advice if is_out_of_memory(e) else describe_with_place(e))
             return 1
         finally:
