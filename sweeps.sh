@@ -2,7 +2,7 @@
 # shellcheck disable=SC1090,SC1091
 # Run the sweeps of sweep_list/ on this machine or on a SLURM cluster: bash sweeps.sh NAME... [OPTIONS] [-- FLAGS]
 #
-#   NAME             a sweep: the name of its folder, or the part of it before an underscore (2c, 1_test, 0_baseline);
+#   NAME             a sweep: the name of its folder, or its beginning up to an underscore if no other has it (2c);
 #                    `all` stands for the plan, sweep_list/7_bmpc_equivalence/, without its baseline 1_test
 #   FLAGS            are added to every run and override the sweep's own: -- --task cartpole-swingup --steps 6000
 #   --dry-run        print the command of each run, one per line, and run nothing
@@ -10,7 +10,7 @@
 #   --report         write runs/report/report.md
 #   --export DIR     with --report: copy the curves, commands and versions of the finished runs to DIR, list the others
 #                    there, and write the report there
-#   --axis AXIS      with --report: draw the curves over decisions, updates or seconds
+#   --axis AXIS      with --report: compare over decisions, updates or seconds; the last two write report_AXIS.md
 #   --slurm          submit a SLURM job array with one task per run
 #   --sbatch OPTIONS with --slurm: options for sbatch, such as "--partition=gpu --gres=gpu:1 --time=24:00:00"
 #   --seeds 1,2,3    use these seeds instead of those in the sweeps and their settings

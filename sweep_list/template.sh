@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# A template for a new sweep, here one that combines the promising configurations of the plan's sweeps.
+# A template for a new sweep: an invented example, which combines some configurations of the plan's sweeps.
 #
 # Copy it to sweep_list/7_bmpc_equivalence/3a_combined/sweep.sh. Nothing else is needed: bash sweeps.sh 3a runs it,
-# --report compares it with the plan's baseline, and `all` includes it. A sweep for another task, length or seeds belongs
-# to a group of its own, such as sweep_list/9_mine/first/sweep.sh, with a settings.sh like the plan's in 9_mine/. There,
+# --report compares it with the plan's baseline, and `all` includes it. A sweep for another task or length belongs to a
+# group of its own, such as sweep_list/9_mine/first/sweep.sh, with a settings.sh like the plan's in 9_mine/. There,
 # --report compares configurations with the one that the sweep names `baseline`.
 #
 # The question that the report answers; it is the heading of the sweep's section.
