@@ -1137,7 +1137,7 @@ def act(
 ) -> tuple[Tensor, Expert, Tensor, dict[str, Tensor]]:
     """Plan the next action in each environment: obs (E, O), prev_mean (E, T, A).
 
-    Returns actions (E, A), their first experts (E, A), the means of the plans (E, T, A), and metrics.
+    Returns actions (E, A), their initial experts (E, A), the means of the plans (E, T, A), and metrics.
     """
     behavior = run_planner(plan_fn, model, model.policy, obs, prev_mean, make_generator("act"), args)
     if args.initial_expert_from_behavior:

@@ -364,7 +364,7 @@ class Args:
     planner_value_std_coef_eval: FiniteFloat = 0.0
     """this coefficient in evaluation"""
     reanalyze_value_std_coef: FiniteFloat = 0.0  # [V9]
-    """this coefficient in reanalyze, with one policy; the first experts, made when acting, use
+    """this coefficient in reanalyze, with one policy; the initial experts, made when acting, use
     planner_value_std_coef_train"""
     local_td_bootstrap: bool = False
     """each value head bootstraps from the target head with the same index; off: all share one target, from the mean of
@@ -1296,7 +1296,7 @@ def act(
 ) -> tuple[Tensor, Expert, Tensor, dict[str, Tensor]]:
     """Plan the next action in each environment: obs (E, O), prev_mean (E, T, A).
 
-    Returns actions (E, A), their first experts (E, A), the means of the plans (E, T, A), and metrics.
+    Returns actions (E, A), their initial experts (E, A), the means of the plans (E, T, A), and metrics.
     With two policies, the experts of both are side by side: (E, 2 * A). [V13]
     """
     std_coef = args.planner_value_std_coef_train  # [V4]

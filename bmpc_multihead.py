@@ -348,7 +348,7 @@ class Args:
     planner_value_std_coef_eval: FiniteFloat = 0.0
     """this coefficient in evaluation"""
     reanalyze_value_std_coef: FiniteFloat = 0.0
-    """this coefficient in reanalyze; the first experts, made when acting, use planner_value_std_coef_train"""
+    """this coefficient in reanalyze; the initial experts, made when acting, use planner_value_std_coef_train"""
     local_td_bootstrap: bool = False
     """each value head bootstraps from the target head with the same index; off: all share one target, from the mean of
     the target heads. Sweep 2b: do independent targets keep the value heads diverse?"""
@@ -1209,7 +1209,7 @@ def act(
 ) -> tuple[Tensor, Expert, Tensor, dict[str, Tensor]]:
     """Plan the next action in each environment: obs (E, O), prev_mean (E, T, A).
 
-    Returns actions (E, A), their first experts (E, A), the means of the plans (E, T, A), and metrics.
+    Returns actions (E, A), their initial experts (E, A), the means of the plans (E, T, A), and metrics.
     """
     std_coef = args.planner_value_std_coef_train  # [V4]
     behavior = run_planner(plan_fn, model, model.policy, obs, prev_mean, make_generator("act"), args, std_coef)  # [V4]
