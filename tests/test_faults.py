@@ -313,7 +313,7 @@ def test_full_memory_is_named_whoever_reports_it(monkeypatch, tmp_path, capsys, 
     assert raise_in_train(monkeypatch, tmp_path, error) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(
-        "bmpc.py: error: out of memory; try a smaller --buffer-size, --num-samples or --batch-size, for"
+        "bmpc.py: error: out of memory; try a smaller --buffer-size, --num-samples or --batch-size; if"
     )
     assert not list(tmp_path.rglob("error.txt"))
 
