@@ -2746,7 +2746,7 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
             print_line("a full-size run takes days on a CPU; --preset small is made for a CPU")
         directory, state = open_run_directory(args)
         run = Run(args, task, device)
-        print_line(f"{directory}, on {device}, with a replay buffer of {run.buffer.rows.nbytes / 1e6:.0f} MB")
+        print_line(f"{directory}, on {device}, with a replay buffer of {run.buffer.rows.nbytes / 1e6:.1f} MB")
         if not state:  # a resumed run usually finds everything in the compiler's cache
             stack.enter_context(compile_ahead(run, task))
         if args.profile:
