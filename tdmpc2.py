@@ -20,8 +20,8 @@ the code; "[T5] BMPC: ..." stands where bmpc.py has something that this script l
     python tdmpc2.py --preset small --task cartpole-swingup     # small networks and a small task, for a CPU
     python tdmpc2.py --evaluate runs/dog-run__tdmpc2__1         # evaluate a trained agent
 
-The same command resumes a run that was stopped. A run writes to runs/<task>__<exp_name>__<seed>[__<run_name>]/
-only, apart from the cache of torch's compiler.
+The same command resumes a run that was stopped. A run writes only to runs/<task>__<exp_name>__<seed>[__<run_name>]/,
+apart from the cache of torch's compiler.
 
 Dimensions in docstrings and shape comments; "..." stands for any leading dimensions:
 
@@ -1160,7 +1160,7 @@ class Run:
 def updates_due(args: Args, step: int) -> int:
     """Return how many updates are due when global_step is `step`: floor(utd_ratio x decisions after the warm-up).
 
-    In floats, 0.29 x 100 is 28.999..., and an update would come late.
+    The product is exact: in floats, 0.29 x 100 is 28.999..., and the 29th update would come a decision late.
     """
     warm_up = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
@@ -1803,7 +1803,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
     functions = Functions(*map(compile_fn, Functions()))  # Functions() holds the eager ones
     if on_cuda:
         return functions
-    # On a CPU, the two parts of a plan compile in a third of the time of the whole. They are some 5 % slower
+    # On a CPU, the two parts of a plan compile in a third of the time of the whole, and run 5 to 20 % slower
     parts = dict(propose=compile_fn(policy_candidates), iterate=compile_fn(mppi_iteration))
     return functions._replace(plan=functools.partial(plan, **parts))
 
