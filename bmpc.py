@@ -1,11 +1,11 @@
 """BMPC: Bootstrapped Model Predictive Control (Wang et al., ICLR 2025, https://arxiv.org/abs/2503.18871).
 
 BMPC extends TD-MPC2 (Hansen et al., ICLR 2024, https://arxiv.org/abs/2310.16828). A world model predicts rewards and
-latent states. A planner (MPPI) optimizes action sequences in latent space and selects every action. A policy and a
-value function guide the planner: the value function predicts the return of the policy, and the policy imitates the
-planner. Its target, called the expert, is a Gaussian over actions, stored in the replay buffer with each transition. By
-default, its mean is the action that the planner chose, and its std is that of the plan. The reanalyze step plans again
-for some stored states and replaces their experts.
+latent states. A planner (MPPI) optimizes action sequences in latent space and selects every training action after a
+random start. A policy and a value function guide the planner: the value function predicts the return of the policy, and
+the policy imitates the planner. Its target, called the expert, is a Gaussian over actions, stored in the replay buffer
+with each transition. By default, its mean is the executed action, and its std is that of the plan. The reanalyze step
+plans again for some stored states and replaces their experts.
 
     python bmpc.py                                            # dog-run, 200 000 decisions, on a GPU if there is one
     python bmpc.py --task cheetah-run --seed 2 --utd-ratio 4  # another task, another seed, an ablation flag
@@ -118,7 +118,7 @@ DeviceName = Annotated[str, Constraint("auto, cpu, cuda or cuda:N", re.compile(r
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """BMPC: MPPI planning over a learned world model, and a policy that imitates the planner."""
+    """BMPC, whose policy imitates the planner. Below, "official" is the authors' code, and "JAX" is a port of it."""
 
     # --- experiment
     exp_name: NamePart = Path(__file__).stem
@@ -300,8 +300,8 @@ class Args:
     # --- ablations
     reanalyze_use_chosen_action: bool = True
     """mean of every expert, when acting as well as in reanalyze. On: the chosen action, which is the first action of
-    the elite that the planner sampled; off: the mean of the plan (JAX). Sweep 2c: which target should the policy
-    imitate?"""
+    the elite that the planner sampled (when acting, with noise: see chosen_action_noise); off: the mean of the plan
+    (JAX). Sweep 2c: which target should the policy imitate?"""
     chosen_action_noise: bool = True
     """on: in the initial expert, which is stored when acting, the chosen action includes the exploration noise, so it
     is the executed action; off: it does not (official). Experts of reanalyze never include noise; executed actions
@@ -668,7 +668,6 @@ def policy_candidates(
     return torch.stack(actions, 2), candidate_scores(rewards, values)
 
 
-@torch.compiler.nested_compile_region  # on CUDA, compiled once instead of once per iteration
 def mppi_iteration(
     model: WorldModel,
     z: Tensor,
@@ -1850,7 +1849,10 @@ def to_host(x: Tensor) -> np.ndarray:
 
 def setup_torch(args: Args) -> torch.device:
     """Configure torch and return its device. Raises UsageError if the device is not available."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings(record=True, action="always") as caught:  # for example, if the driver is too old
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+    for warning in caught if args.device == "auto" else ():
+        print_line(f"warning: no GPU is used: {describe(warning.message)}", sys.stderr)
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # cuda:0, not cuda
     except (RuntimeError, AssertionError) as e:
@@ -1875,20 +1877,18 @@ def make_functions(args: Args, device: torch.device) -> Functions:
     functions = compile_functions(args, device) if args.compile else Functions()
     if device.type == "cuda":
         plan_fn = clone_outputs(functions.plan)
-        return functions._replace(plan=plan_fn, world_model_loss=start_graph_step(functions.world_model_loss))
-    if device.type == "cpu":
-        plan_fn = plan_in_chunks(functions.plan, functools.partial(chunk_size, args=args))
-        return functions._replace(plan=plan_fn)
-    return functions  # on the meta device, in tests
+        functions = functions._replace(plan=plan_fn, world_model_loss=start_graph_step(functions.world_model_loss))
+    get_chunk_size = functools.partial(chunk_size, args=args, on_cpu=device.type == "cpu")
+    return functions._replace(plan=plan_in_chunks(functions.plan, get_chunk_size))
 
 
-def chunk_size(num_states: int, args: Args) -> int:
-    """Return how many of num_states states to plan at once on a CPU, in chunks of equal size.
+def chunk_size(num_states: int, args: Args, on_cpu: bool) -> int:
+    """Return how many of num_states states to plan at once: on a CPU chunks of equal size, on a GPU all of them.
 
     Evaluations in fewer environments are padded, so that they share one compiled function with acting.
     """
-    max_states = max(1, CPU_CHUNK_ROLLOUTS // planner_rollouts_per_state(args))
     num_states = max(num_states, args.num_envs)
+    max_states = max(1, CPU_CHUNK_ROLLOUTS // planner_rollouts_per_state(args)) if on_cpu else num_states
     return math.ceil(num_states / math.ceil(num_states / max_states))
 
 
@@ -1899,6 +1899,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
         "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
         "cpp_wrapper": not on_cuda,  # all kernels of a graph are compiled together, and called without Python
+        "dynamic_scale_rblock": not args.torch_deterministic,  # each process chooses by timing
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -2031,6 +2032,8 @@ def plan_in_chunks(plan_fn: Callable[..., Plan], get_chunk_size: Callable[[int],
     ) -> Plan:
         num_states = len(obs)
         size = get_chunk_size(num_states)
+        if size == num_states:
+            return plan_fn(model, policy, obs, prev_mean, noise, *args)
         padding = -num_states % size
         inputs = [torch.cat([x, x[-1:].expand(padding, *x.shape[1:])]) for x in (obs, prev_mean, *noise)]
         chunks = zip(*(x.split(size) for x in inputs), strict=True)
@@ -2721,8 +2724,10 @@ def describe_with_place(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether memory is full. On a CPU, torch raises a RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Tell whether memory is full. On a CPU, in CUDA's libraries and in compilations, torch raises other errors."""
+    messages = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_known or any(message in str(error) for message in messages)
 
 
 def select_renderer() -> None:

@@ -11,7 +11,7 @@ from bmpc.py are marked in the code. [V1] to [V8] are those of bmpc_multihead.py
     [V3] Each plan reports how much the H x Q return estimates of its elites disagree, how much that affects their
          scores, and how many elites the policy proposed. Logged if H > 1 or with two policies.
     [V4] The score of a candidate is the mean of its H x Q return estimates, plus a coefficient times their standard
-         deviation. Acting, reanalyze and evaluation each have their own coefficient.
+         deviation. Acting, reanalyze and evaluation each have their own coefficient; with two policies see [V13].
     [V5] In value targets, all dynamics heads share the first action; each head samples later actions in its own state.
     [V6] The value heads share one target, or each bootstraps from its own target head.
     [V7] A metric: how much the dynamics heads disagree about the last latent state of a rollout; logged if H > 1.
@@ -25,10 +25,10 @@ is neutral.
     [V10] A second, optimistic policy with its own weights, EMA copy and KL scale.
     [V11] The replay buffer holds an expert for each policy.
     [V12] Each policy imitates its own expert. Their losses are added; one optimizer and one gradient norm cover both.
-    [V13] When acting, the optimistic policy proposes the candidates; evaluation and value targets use the pessimistic
-          policy. The expert of the pessimistic policy comes from separate plans, with its own candidates and
-          policy_value_std_coef. The expert of the optimistic policy uses planner_value_std_coef_train, when acting and
-          in reanalyze.
+    [V13] When acting, the optimistic policy proposes num_pi_trajs of the candidates; evaluation and value targets use
+          the pessimistic policy. The expert of the pessimistic policy comes from separate plans, with its own
+          candidates and policy_value_std_coef. The expert of the optimistic policy uses planner_value_std_coef_train,
+          when acting and in reanalyze.
 
 Planner metrics without a policy in their name describe the executed plan. Policy losses without one are those of the
 pessimistic policy; losses/policy_grad_norm covers both policies.
@@ -143,7 +143,7 @@ DeviceName = Annotated[str, Constraint("auto, cpu, cuda or cuda:N", re.compile(r
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """BMPC: MPPI planning over a learned world model, and a policy that imitates the planner."""
+    """BMPC, whose policy imitates the planner. Below, "official" is the authors' code, and "JAX" is a port of it."""
 
     # --- experiment
     exp_name: NamePart = Path(__file__).stem
@@ -176,8 +176,8 @@ class Args:
     checkpoint_freq: Resumable[NonNegativeInt] = 10_000
     """decisions between two checkpoints; 0: only when the run starts, ends or is stopped"""
     keep_replay: Resumable[bool] = True
-    """keep the replay buffer in the checkpoint of a finished run (some 450 MB for dog-run); off: delete it when the run
-    finishes; the run can then be evaluated but not continued"""
+    """keep the replay buffer in the checkpoint of a finished run (some 450 MB for dog-run, with two policies 510); off:
+    delete it when the run finishes; the run can then be evaluated but not continued"""  # [V9]
     resume: Resumable[str] = ""
     """RUN_DIR: resume the run in this directory, with its arguments as defaults"""
     evaluate: Resumable[str] = ""
@@ -325,8 +325,8 @@ class Args:
     # --- ablations
     reanalyze_use_chosen_action: bool = True
     """mean of every expert, when acting as well as in reanalyze. On: the chosen action, which is the first action of
-    the elite that the planner sampled; off: the mean of the plan (JAX). Sweep 2c: which target should the policy
-    imitate?"""
+    the elite that the planner sampled (when acting, with noise: see chosen_action_noise); off: the mean of the plan
+    (JAX). Sweep 2c: which target should the policy imitate?"""
     chosen_action_noise: bool = True
     """on: in the initial expert, which is stored when acting, the chosen action includes the exploration noise, so it
     is the executed action; off: it does not (official). Experts of reanalyze never include noise; executed actions
@@ -373,10 +373,10 @@ class Args:
     """multiply the learning rate of the dynamics heads by H, and that of the value heads by Q / 5"""
     # [V9] sweep 2h
     dual_policy_enabled: bool = False
-    """add an optimistic policy, which proposes the candidates when acting. The original policy becomes the pessimistic
-    one: it proposes the candidates in evaluation and selects the actions in value targets. initial_expert_from_behavior
-    and chosen_action_noise then apply to the expert of the optimistic policy only. Sweep 2h: does optimism help
-    exploration if it is kept out of the value targets?"""
+    """add an optimistic policy, which proposes num_pi_trajs candidates when acting. The original policy becomes the
+    pessimistic one: it proposes them in evaluation and selects the actions in value targets.
+    initial_expert_from_behavior and chosen_action_noise then apply to the expert of the optimistic policy only. Sweep
+    2h: does optimism help exploration if it is kept out of the value targets?"""
     policy_value_std_coef: FiniteFloat = 0.0
     """with two policies, coefficient of the std of the return estimates in the scores of the plans that the pessimistic
     policy imitates: below 0, it is pessimistic; at 0, it is neutral. Evaluation uses planner_value_std_coef_eval"""
@@ -592,6 +592,8 @@ class MLP(nn.Module):
 class WorldModel(nn.Module):
     """All networks: encoder, latent dynamics, reward, value heads, policy, and the moving averages of the last two.
 
+    With two policies also the optimistic one, and its moving average. [V10]
+
     encoder (..., O) -> (..., L)                      dynamics (H or 1, ..., L), (H or 1, ..., A) -> (H, ..., L)
     reward (..., L), (..., A) -> (..., K) logits      value (1, ..., L) -> (Q, ..., K) logits
     policy (..., L) -> (..., 2A)                      termination (..., L) -> (..., 1) logit, only with --episodic
@@ -624,7 +626,7 @@ class WorldModel(nn.Module):
         if args.dual_policy_enabled:  # [V10]
             optimistic_generator = seeded_generator(args.seed, "variant policy", device="cpu")
             self.optimistic_policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], optimistic_generator)
-            if needs_ema_policy:  # used by the trust region
+            if needs_ema_policy:  # only the trust region reads it
                 self.optimistic_ema_policy = copy.deepcopy(self.optimistic_policy).requires_grad_(False)
         # Running scale of the KL, see update_scale; with two policies (2,), pessimistic and optimistic [V10]
         self.register_buffer("kl_scale", torch.ones(2 if args.dual_policy_enabled else ()))
@@ -749,7 +751,6 @@ def policy_candidates(
     return torch.stack(actions, 2), *candidate_scores(rewards, values, std_coef)  # [V3] [V4]
 
 
-@torch.compiler.nested_compile_region  # on CUDA, compiled once instead of once per iteration
 def mppi_iteration(
     model: WorldModel,
     z: Tensor,
@@ -2032,7 +2033,10 @@ def to_host(x: Tensor) -> np.ndarray:
 
 def setup_torch(args: Args) -> torch.device:
     """Configure torch and return its device. Raises UsageError if the device is not available."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings(record=True, action="always") as caught:  # for example, if the driver is too old
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+    for warning in caught if args.device == "auto" else ():
+        print_line(f"warning: no GPU is used: {describe(warning.message)}", sys.stderr)
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device  # cuda:0, not cuda
     except (RuntimeError, AssertionError) as e:
@@ -2057,20 +2061,18 @@ def make_functions(args: Args, device: torch.device) -> Functions:
     functions = compile_functions(args, device) if args.compile else Functions()
     if device.type == "cuda":
         plan_fn = clone_outputs(functions.plan)
-        return functions._replace(plan=plan_fn, world_model_loss=start_graph_step(functions.world_model_loss))
-    if device.type == "cpu":
-        plan_fn = plan_in_chunks(functions.plan, functools.partial(chunk_size, args=args))
-        return functions._replace(plan=plan_fn)
-    return functions  # on the meta device, in tests
+        functions = functions._replace(plan=plan_fn, world_model_loss=start_graph_step(functions.world_model_loss))
+    get_chunk_size = functools.partial(chunk_size, args=args, on_cpu=device.type == "cpu")
+    return functions._replace(plan=plan_in_chunks(functions.plan, get_chunk_size))
 
 
-def chunk_size(num_states: int, args: Args) -> int:
-    """Return how many of num_states states to plan at once on a CPU, in chunks of equal size.
+def chunk_size(num_states: int, args: Args, on_cpu: bool) -> int:
+    """Return how many of num_states states to plan at once: on a CPU chunks of equal size, on a GPU all of them.
 
     Evaluations in fewer environments are padded, so that they share one compiled function with acting.
     """
-    max_states = max(1, CPU_CHUNK_ROLLOUTS // planner_rollouts_per_state(args))
     num_states = max(num_states, args.num_envs)
+    max_states = max(1, CPU_CHUNK_ROLLOUTS // planner_rollouts_per_state(args)) if on_cpu else num_states
     return math.ceil(num_states / math.ceil(num_states / max_states))
 
 
@@ -2081,6 +2083,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
         "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
         "cpp_wrapper": not on_cuda,  # all kernels of a graph are compiled together, and called without Python
+        "dynamic_scale_rblock": not args.torch_deterministic,  # each process chooses by timing
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -2213,6 +2216,8 @@ def plan_in_chunks(plan_fn: Callable[..., Plan], get_chunk_size: Callable[[int],
     ) -> Plan:
         num_states = len(obs)
         size = get_chunk_size(num_states)
+        if size == num_states:
+            return plan_fn(model, policy, obs, prev_mean, noise, *args)
         padding = -num_states % size
         inputs = [torch.cat([x, x[-1:].expand(padding, *x.shape[1:])]) for x in (obs, prev_mean, *noise)]
         chunks = zip(*(x.split(size) for x in inputs), strict=True)
@@ -2903,8 +2908,10 @@ def describe_with_place(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether memory is full. On a CPU, torch raises a RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Tell whether memory is full. On a CPU, in CUDA's libraries and in compilations, torch raises other errors."""
+    messages = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_known or any(message in str(error) for message in messages)
 
 
 def select_renderer() -> None:

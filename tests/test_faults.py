@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 
 import fault_envs
 import mujoco
@@ -308,7 +309,15 @@ def raise_in_train(monkeypatch, tmp_path, error):
 ALLOCATION = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
-@pytest.mark.parametrize("error", [RuntimeError(ALLOCATION), MemoryError(), torch.OutOfMemoryError()], ids=type)
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+COMPILER = "InductorError: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError(ALLOCATION), RuntimeError(CUBLAS), RuntimeError(COMPILER), MemoryError(), torch.OutOfMemoryError()],
+    ids=str,
+)
 def test_full_memory_is_named_whoever_reports_it(monkeypatch, tmp_path, capsys, error):
     assert raise_in_train(monkeypatch, tmp_path, error) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -316,6 +325,22 @@ def test_full_memory_is_named_whoever_reports_it(monkeypatch, tmp_path, capsys, 
         "bmpc.py: error: out of memory; try a smaller --buffer-size, --num-samples or --batch-size; if"
     )
     assert not list(tmp_path.rglob("error.txt"))
+
+
+def test_the_reason_for_not_using_a_gpu_is_printed(monkeypatch, capsys):
+    """torch warns if the driver of a GPU is too old, for example; warnings are off in a run."""
+
+    def is_available():
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old.\nUpdate it", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    with warnings.catch_warnings(action="ignore"):
+        assert bmpc.setup_torch(bmpc.Args()).type == "cpu"
+        reason = "UserWarning: CUDA initialization: The NVIDIA driver on your system is too old."
+        assert capsys.readouterr().err == f"warning: no GPU is used: {reason}\n"
+        bmpc.setup_torch(bmpc.Args(device="cpu"))
+    assert not capsys.readouterr().err
 
 
 def test_an_unexpected_error_is_one_line_and_its_traceback_a_file(monkeypatch, tmp_path, capsys):

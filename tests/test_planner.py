@@ -100,10 +100,11 @@ def test_plans_in_chunks_equal_plans_at_once(double):
 
 
 def test_chunk_sizes():
-    """16 states with 128 candidates fit. Fewer states than environments are padded, so that their shape is the same."""
+    """On a CPU 16 states of 128 candidates fit. Fewer states than environments are padded to have the same shape."""
     for num_envs, sizes in ((1, [1, 3, 4, 16, 9, 15]), (4, [4, 4, 4, 16, 9, 15]), (20, [10, 10, 10, 10, 10, 15])):
         args = small_args(num_samples=128, num_envs=num_envs)
-        assert [bmpc.chunk_size(n, args) for n in (1, 3, 4, 16, 17, 30)] == sizes
+        assert [bmpc.chunk_size(n, args, on_cpu=True) for n in (1, 3, 4, 16, 17, 30)] == sizes
+    assert [bmpc.chunk_size(n, small_args(num_envs=4), on_cpu=False) for n in (2, 4, 60)] == [4, 4, 60]  # on a GPU
 
 
 # --- warm start

@@ -322,7 +322,7 @@ def test_gpu_prints_its_table_on_a_cpu(monkeypatch, tmp_path, capsys):
     if not torch.cuda.is_available():
         assert gpu.main([]) == 1 and capsys.readouterr().out.count("\n") == 1
     monkeypatch.setattr(gpu, "SCRIPTS", {"bmpc": {}})
-    assert gpu.main(["--device", "cpu", "--small", "--runs", "1", "--minutes", "0"]) == 0
+    assert gpu.main(["--device", "cpu", "--small", "--runs", "1"]) == 0
     output = capsys.readouterr().out
     for line in ("waits: none in bmpc", "it logs the same numbers", "dog-run: at step", "| update | eager | "):
         assert line in output, output
@@ -330,7 +330,7 @@ def test_gpu_prints_its_table_on_a_cpu(monkeypatch, tmp_path, capsys):
     for row in [*rows, "update, num_rollouts 4", "update, 2 policies"]:
         assert re.search(rf"^{row}.* ms .*share", output, re.MULTILINE), row
     lines = (tmp_path / "gpu.csv").read_text().splitlines()
-    assert lines[0].startswith("call,mode,ms") and lines[-1].startswith("a decision,")
+    assert lines[0].startswith("call,mode,ms") and lines[-1].startswith("a decision: reanalyze,share,")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
