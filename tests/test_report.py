@@ -712,16 +712,27 @@ def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
     assert comparison.relative_speed(twin, base) == ""
 
 
-def test_results_readme_has_what_is_finished_of_dog_run():
-    runs = exported("dog_run_25k")
-    for name, algorithm in (("baseline", "BMPC"), ("tdmpc2", "TD-MPC2")):
-        finished = [run for run in of(runs, name) if run.done]
-        means = np.mean([run.curve()[:4, 1] for run in finished], 0)
-        assert "{:.1f}, {:.1f}, {:.1f} and {:.1f} with ".format(*means) + algorithm in results_readme()
-        cells = [", ".join(str(run.seed) for run in finished)]
-        for measure in comparison.MEASURES.values():
-            cells.append(", ".join(f"{value:.1f}" for value in comparison.measured(finished, *measure)))
-        assert f"(`{name}`) | {' | '.join(cells)} |" in results_readme()
+def test_results_readme_has_the_answer_of_dog_run():
+    (group,) = comparison.group_runs(exported("dog_run_25k"))["0_dog_run_25k"]
+    baseline, own = group.baseline, group.configurations["tdmpc2"]
+    assert len(baseline) == len(own) == 8 and group.done
+    means = [np.mean([run.curve()[:4, 1] for run in runs], 0) for runs in (baseline, own)]
+    text = "{:.1f}, {:.1f}, {:.1f} and {:.1f} with BMPC, and {:.1f}, {:.1f}, {:.1f} and {:.1f} with TD-MPC2"
+    assert text.format(*means[0], *means[1]) in results_readme()
+    for label, runs in (("BMPC (`baseline`)", baseline), ("TD-MPC2 (`tdmpc2`)", own)):
+        cells = [report.spread(comparison.measured(runs, *measure)) for measure in comparison.MEASURES.values()]
+        assert f"| {label} | {' | '.join(cells)} |" in results_readme()
+    differences = [found["tdmpc2"] for found in group.differences.values()]
+    cells = [f"{difference}, p {difference.p:.2g}" for difference in differences]
+    assert f"| `tdmpc2` minus `baseline` | {' | '.join(cells)} |" in results_readme()
+    low, estimate, high = sorted(abs(differences[0].percent(value)) for value in differences[0].interval)
+    lower = f"{estimate:.1f} % lower than BMPC's, with a 95 % interval of [{low:.1f}, {high:.1f}]"
+    assert lower in results_readme() and differences[0].verdict == "worse"
+    readme = (ROOT / "README.md").read_text()
+    assert f"is {estimate:.0f} % [{low:.0f}, {high:.0f}] lower" in readme
+    areas = [comparison.measured(runs, *comparison.MEASURES[comparison.PRIMARY]) for runs in (baseline, own)]
+    assert f"{100 * areas[0].std(ddof=1) / areas[0].mean():.1f} % of their mean" in results_readme()
+    assert areas[0].min() > areas[1].max()  # "each seed of BMPC has a larger area"
 
 
 def test_results_readme_has_the_table():
