@@ -19,7 +19,7 @@
 #   algorithm are the same. Each sweep is one comparison: the experiment has three tests, whose p are not corrected.
 # - Looked at when three, five and six seeds of each script were finished. No number of seeds was changed. The standard
 #   deviation of the baselines is 10.6 % of their mean, so n is 8 (results/README.md).
-# - All runs count.
+# - All runs of these seeds count.
 seeds {21..28}
 flags --task dog-run --steps 25000 --eval-freq 5000 --eval-episodes 4
 flags --num-samples 64 --num-elites 8 --num-pi-trajs 4 --iterations 4

@@ -2,7 +2,7 @@
 # The second part of the experiment registered in 0_dog_run_25k: four updates per decision. Over decisions the runs are
 # compared up to 25 000. The baseline makes 80 000, so that --axis seconds can compare them at equal compute: a run with
 # four updates per decision took about three times as long on cartpole-swingup. Seconds depend on what else the machine
-# does, so both configurations have to run side by side. If 0_dog_run_25k needs n > 8 seeds, utd_ratio_4 gets n as well.
+# does, so both configurations have to run side by side. 0_dog_run_25k needed no more than eight seeds.
 question "Are four updates per decision better on dog-run, with small networks?"
 seeds {21..28}
 flags --task dog-run --steps 25000 --eval-freq 5000 --eval-episodes 4
