@@ -1928,7 +1928,7 @@ def to_host(x: Tensor) -> np.ndarray:
 
 def setup_torch(args: Args) -> torch.device:
     """Configure torch and return its device. Raises UsageError if the device is not available."""
-    with warnings.catch_warnings(record=True, action="always") as caught:  # for example, if the driver is too old
+    with warnings.catch_warnings(record=True, action="always") as caught:  # if the driver is too old
         best = "cuda" if torch.cuda.is_available() else "cpu"
     for warning in caught if args.device == "auto" else ():
         print_line(f"warning: no GPU is used: {describe(warning.message)}", sys.stderr)
@@ -1978,7 +1978,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
         "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
         "cpp_wrapper": not on_cuda,  # all kernels of a graph are compiled together, and called without Python
-        "dynamic_scale_rblock": not args.torch_deterministic,  # each process chooses by timing
+        "dynamic_scale_rblock": not args.torch_deterministic,  # with it, each process times kernels and chooses
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -1993,7 +1993,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
     functions = Functions(*map(compile_fn, Functions()))  # Functions() holds the eager ones
     if on_cuda:
         return functions
-    # On a CPU, the two parts of a plan compile in a third of the time of the whole, and run 5 to 20 % slower
+    # On a CPU, the two parts of a plan compile in a third of the time of the whole; small plans run somewhat slower
     parts = dict(propose=compile_fn(policy_candidates), iterate=compile_fn(mppi_iteration))
     return functions._replace(plan=functools.partial(plan, **parts))
 

@@ -2,8 +2,8 @@
 
 A world model predicts rewards and latent states. A planner (MPPI) optimizes action sequences in latent space and
 selects every action after a random start. The value function is learned from stored transitions, and the policy
-maximizes it. Both guide the planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes. These differences are marked in
-the code; a comment such as "[T1] BMPC: td_horizon" names what only bmpc.py has:
+maximizes it. Both guide the planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes. The differences are marked in
+the code; where only bmpc.py has something, a comment names it, such as "[T1] BMPC: td_horizon". The marks:
 
     [T1] Flags: TD-MPC2's hyperparameters, but four environments. BMPC changes some of them, and adds flags for its
          expert and its ablations.
@@ -1740,7 +1740,7 @@ def to_host(x: Tensor) -> np.ndarray:
 
 def setup_torch(args: Args) -> torch.device:
     """Configure torch and return its device. Raises UsageError if the device is not available."""
-    with warnings.catch_warnings(record=True, action="always") as caught:  # for example, if the driver is too old
+    with warnings.catch_warnings(record=True, action="always") as caught:  # if the driver is too old
         best = "cuda" if torch.cuda.is_available() else "cpu"
     for warning in caught if args.device == "auto" else ():
         print_line(f"warning: no GPU is used: {describe(warning.message)}", sys.stderr)
@@ -1790,7 +1790,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
         "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
         "cpp_wrapper": not on_cuda,  # all kernels of a graph are compiled together, and called without Python
-        "dynamic_scale_rblock": not args.torch_deterministic,  # each process chooses by timing
+        "dynamic_scale_rblock": not args.torch_deterministic,  # with it, each process times kernels and chooses
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -1805,7 +1805,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
     functions = Functions(*map(compile_fn, Functions()))  # Functions() holds the eager ones
     if on_cuda:
         return functions
-    # On a CPU, the two parts of a plan compile in a third of the time of the whole, and run 5 to 20 % slower
+    # On a CPU, the two parts of a plan compile in a third of the time of the whole; small plans run somewhat slower
     parts = dict(propose=compile_fn(policy_candidates), iterate=compile_fn(mppi_iteration))
     return functions._replace(plan=functools.partial(plan, **parts))
 

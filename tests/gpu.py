@@ -1,14 +1,16 @@
 """Check correctness and speed on a GPU. The output is meant to be pasted into a report.
 
-python tests/gpu.py                              # everything, on the first GPU
-python tests/gpu.py --only waits runs speed      # some parts; each compiles for some minutes
-python tests/gpu.py --only train --minutes 10    # a longer training run
+    python tests/gpu.py                              # everything, on the first GPU
+    python tests/gpu.py --only waits runs speed      # some parts; most compile for some minutes
+    python tests/gpu.py --only train --minutes 10    # a longer training run
 
-waits   the host never waits for the GPU unnecessarily
-runs    short runs of all scripts work and can be resumed
-tests   the tests on CUDA pass
-speed   throughput, kernel launches, busy time of the GPU and memory: a Markdown table, also written to gpu.csv
-train   dog-run with default flags for some minutes: decisions per second
+The parts:
+
+    waits   check that the host never waits for the GPU unnecessarily
+    runs    check that short runs of all scripts work, and that a resumed run logs the same numbers
+    tests   run the tests on CUDA
+    speed   measure throughput, kernel launches, busy time of the GPU and memory; gpu.csv holds the same table
+    train   train on dog-run with default flags for some minutes, and print the decisions per second
 """
 
 import argparse

@@ -307,8 +307,6 @@ def raise_in_train(monkeypatch, tmp_path, error):
 
 
 ALLOCATION = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
-
-
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 COMPILER = "InductorError: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
 
@@ -316,7 +314,7 @@ COMPILER = "InductorError: OutOfMemoryError: CUDA out of memory. Tried to alloca
 @pytest.mark.parametrize(
     "error",
     [RuntimeError(ALLOCATION), RuntimeError(CUBLAS), RuntimeError(COMPILER), MemoryError(), torch.OutOfMemoryError()],
-    ids=str,
+    ids=["cpu", "cublas", "compiler", "python", "cuda"],
 )
 def test_full_memory_is_named_whoever_reports_it(monkeypatch, tmp_path, capsys, error):
     assert raise_in_train(monkeypatch, tmp_path, error) == 1
