@@ -113,7 +113,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"  # marks such an argument; all others stay what they were
+RESUMABLE = "may change when a run is resumed"  # marks such an argument; all others must be the same
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -156,7 +156,7 @@ class Args:
     eval_episodes: Resumable[PositiveInt] = 10
     """episodes per evaluation with the planner, and as many with the policy alone"""
     log_freq: Resumable[NonNegativeInt] = 1_000
-    """decisions between two log entries of losses and speed; 0: never log them"""
+    """decisions between two log entries of losses and speed, in addition to one after pretraining; 0: never log them"""
     checkpoint_freq: Resumable[NonNegativeInt] = 10_000
     """decisions between two checkpoints; 0: only when the run starts, ends or is stopped"""
     keep_replay: Resumable[bool] = True
@@ -172,7 +172,8 @@ class Args:
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
-    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or a Gymnasium id with bounded float actions"""
+    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or the id of a Gymnasium environment with
+    bounded float actions"""
     env_kwargs: str = "{}"
     """additional keyword arguments for gymnasium.make, as JSON: '{"env_name": "reach-v3"}'"""
     num_envs: PositiveInt = 4
@@ -215,7 +216,7 @@ class Args:
     rho: PositiveFloat = 0.5
     """step t of a rollout has weight rho^t in every loss"""
     normalize_rho_weights: bool = True
-    """normalize these weights to a sum of 1; off: divide them by the number of steps (official)"""
+    """scale the weights rho^t to a sum of 1; off: divide them by the number of steps (official)"""
     td_horizon: PositiveInt = 1
     """imagined steps before the value target bootstraps"""
     consistency_coef: NonNegativeFloat = 10.0
@@ -287,7 +288,7 @@ class Args:
     reanalyze_batch_size: PositiveInt = 20
     """windows per call of reanalyze; it plans again for all T states of each"""
     reanalyze_horizon: PositiveInt | None = None
-    """horizon of these plans; None: horizon"""
+    """horizon of the plans of reanalyze; None: horizon"""
     reanalyze_log_std_min: FiniteFloat | None = None
     """minimum log std of the policy's candidates in reanalyze; None: log_std_min (official: -2)"""
     reanalyze_log_std_max: FiniteFloat | None = None
@@ -313,18 +314,19 @@ class Args:
     (JAX). Sweep 2c: which target should the policy imitate?"""
     chosen_action_noise: bool = True
     """on: in the initial expert, which is stored when acting, the chosen action includes the exploration noise, so it
-    is the executed action; off: it does not (official). Experts of reanalyze never include noise; executed actions
-    always do. Ignored with --no-initial-expert-from-behavior or --no-reanalyze-use-chosen-action. Part of sweep 2c"""
+    is the executed action; off: it does not (official). Experts of reanalyze never include noise; actions executed
+    in training always do. Ignored with --no-initial-expert-from-behavior or --no-reanalyze-use-chosen-action. Part of
+    sweep 2c"""
     initial_expert_from_behavior: bool = True
     """on: the initial expert comes from the plan whose action is executed; off: from a separate plan for the same
     observation, whose mean starts from zeros instead of the previous plan. Sweep 2c: which is the better initial
     target?"""
     num_rollouts: PositiveInt = 1
-    """R: imagined rollouts per state for the value target. Sweep 2d: does averaging them reduce variance?"""
+    """R: imagined rollouts per value target. Sweep 2d: does averaging their values reduce variance?"""
     imagine_initial_source: Literal["replay_rollout", "replay_true"] = "replay_rollout"
     """where the value heads are trained. replay_rollout: at the latent states that the model predicts along a window;
-    replay_true: at encoded observations. Despite its name, it does not set where imagination starts (see
-    td_target_initial_source). Sweep 2e: which is better?"""
+    replay_true: at encoded observations. Despite its name, it does not by itself set where imagination
+    starts (see td_target_initial_source). Sweep 2e: which is better?"""
     td_target_initial_source: Literal["replay_true", "same"] = "replay_true"
     """where the imagined rollouts of the value targets start. replay_true: at encoded observations (BMPC); same: at the
     states that imagine_initial_source selects. Part of sweep 2e"""
@@ -334,7 +336,7 @@ class Args:
     td_target_use_ema_policy: bool = False
     """value targets use an exponential moving average (EMA) of the policy. Sweep 2g: do slower targets help?"""
     policy_ema_tau: UnitFloat = 0.01
-    """step size of this average, per policy update. Sweep 2g: how fast should it follow the policy?"""
+    """step size of the EMA policy, per policy update. Sweep 2g: how fast should it follow the policy?"""
     policy_trust_region_coef: NonNegativeFloat = 0.0
     """weight of KL(EMA policy || policy) in the policy loss, relative to the KL to the expert. Sweep 2g: does a trust
     region stabilize learning?"""
@@ -356,7 +358,7 @@ class Args:
     """multiply the learning rate of the dynamics heads by H, and that of the value heads by Q / 5"""
 
 
-# The scripts differ in the following parts of resolve_args and check_args
+# The next two functions are the parts of resolve_args and check_args (below) in which the scripts differ
 
 
 def resolve_algorithm_args(args: Args) -> Args:
@@ -640,7 +642,7 @@ class PlanNoise(NamedTuple):
     """All random numbers of S plans. They are inputs of `plan`, so that its compiled and eager versions agree."""
 
     policy: Tensor  # (S, P, T, A) standard normal
-    candidates: Tensor  # (S, iterations, N-P, T, A) standard normal
+    samples: Tensor  # (S, iterations, N-P, T, A) standard normal
     elite: Tensor  # (S, num_elites) uniform
     action: Tensor  # (S, A) standard normal
 
@@ -666,12 +668,12 @@ def sample_plan_noise(
 ) -> PlanNoise:
     """Sample the random numbers of `num_states` plans."""
     iterations = args.iterations + (args.extra_iterations if action_dim >= 20 else 0)
-    num_candidates = args.num_samples - args.num_pi_trajs
+    num_sampled = args.num_samples - args.num_pi_trajs
     normal = lambda *shape: torch.randn(num_states, *shape, generator=generator, device=generator.device)
     policy = normal(args.num_pi_trajs, horizon, action_dim)
-    candidates = normal(iterations, num_candidates, horizon, action_dim)
+    samples = normal(iterations, num_sampled, horizon, action_dim)
     elite = torch.rand(num_states, args.num_elites, generator=generator, device=generator.device)
-    return PlanNoise(policy, candidates, elite, normal(action_dim))
+    return PlanNoise(policy, samples, elite, normal(action_dim))
 
 
 def candidate_scores(rewards: Tensor, values: Tensor, std_coef: float) -> tuple[Tensor, Tensor]:  # [V4]
@@ -769,7 +771,7 @@ def plan(
     """Plan for S states at once with MPPI (TD-MPC2), where the policy proposes some of the candidates.
 
     Acting, evaluation and reanalyze all use this function.
-    policy: proposes some of the candidates. It is model.policy, or in bmpc_dual_policy.py one of two. obs: (S, O).
+    policy: model.policy, or in bmpc_dual_policy.py one of two. obs: (S, O).
     prev_mean: (S, T, A), the mean of the previous plan, shifted by one step, or zeros.
     propose, iterate: policy_candidates and mppi_iteration; compile_functions passes compiled ones.
     std_coef: coefficient of the std over heads in the scores [V4].
@@ -780,7 +782,7 @@ def plan(
     )  # [V3] [V4]
     mean = prev_mean
     std = torch.full_like(mean, args.max_std)
-    for eps in noise.candidates.unbind(1):
+    for eps in noise.samples.unbind(1):
         mean, std, elites, elite_scores, weights, elite_return_stds, is_from_policy = iterate(  # [V3] [V4]
             model, z, mean, std, policy_actions, policy_scores, policy_return_stds, eps, args, std_coef
         )
@@ -836,8 +838,8 @@ class Expert(NamedTuple):
 
 
 def make_expert(planned: Plan, chosen_action: Tensor, args: Args) -> Expert:
-    """Make the experts of S plans. Their means are chosen_action (S, A), or with --no-reanalyze-use-chosen-action those
-    of the plans.
+    """Make the experts of S plans. Their means are chosen_action (S, A), or with --no-reanalyze-use-chosen-action the
+    first steps of the plans' means.
     """
     mean = chosen_action if args.reanalyze_use_chosen_action else planned.mean[:, 0]
     return Expert(mean, planned.std)
@@ -859,10 +861,10 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """All random numbers of an update, except those of reanalyze, passed in like those of a plan."""
+    """All random numbers of an update, except those of reanalyze. They are inputs, like those of a plan."""
 
     td: Tensor  # (H or 1, R, td_horizon, T, B, A) [V5] standard normal, for the policy in the value targets
-    dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1; not yet scaled
+    dropout_keep: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
 
 
 def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[str], torch.Generator]) -> UpdateNoise:
@@ -875,9 +877,9 @@ def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[s
     if args.td_horizon > 1:  # [V5] heads 1 to H-1 have noise of their own; that of their step 0 is not used
         other_heads = (args.planner_num_dynamics_heads - 1, *shape)
         td = torch.cat([td, torch.randn(other_heads, generator=make_generator("heads"), device=td.device)])
-    dropout_mask = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
-    dropout_mask.bernoulli_(1 - args.dropout, generator=generator)
-    return UpdateNoise(td, dropout_mask)
+    dropout_keep = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
+    dropout_keep.bernoulli_(1 - args.dropout, generator=generator)
+    return UpdateNoise(td, dropout_keep)
 
 
 @torch.no_grad()
@@ -935,7 +937,7 @@ def world_model_loss(
     policy = model.ema_policy if args.td_target_use_ema_policy else model.policy
     y = td_target(model, policy, target_z.detach(), noise.td, args)  # (1 or Q, R, T, B) [V6]
     target = two_hot(y, args).mean(1)  # (1 or Q, T, B, K) [V6]
-    value_logits = model.value(value_z[None], dropout_mask=noise.dropout_mask / (1 - args.dropout))  # (Q, T, B, K)
+    value_logits = model.value(value_z[None], dropout_mask=noise.dropout_keep / (1 - args.dropout))  # (Q, T, B, K)
     value_loss = soft_cross_entropy(value_logits, target).mean((0, 2))  # (T,)
 
     losses = {"consistency": consistency_loss, "reward": reward_loss, "value": value_loss}  # (T,) each
@@ -1126,7 +1128,7 @@ class ReplayBuffer:
 
         obs and next_obs: (E, O); action: (E, A); expert: (E, A); reward and terminated: (E,);
         ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
-        simulator failed, so the row is not a transition; the episode ended with it, so no window contains it.
+        simulator failed at this step, so the episode ended, and no window contains the row.
         """
         row = [obs, action, *expert, reward[:, None], terminated[:, None], next_obs]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
@@ -1178,7 +1180,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state into an empty buffer.
 
-        This buffer's capacity may be larger than that of the saved one, if that had overwritten nothing.
+        Its capacity may be larger than that of the saved buffer, but only if no saved row had been overwritten.
         """
         self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
@@ -1444,7 +1446,10 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class OutputStream:
-    """Wraps stdout or stderr. Output that nobody reads any more, for example after `| tee` was killed, is discarded."""
+    """Wraps stdout or stderr. Output that nobody reads any more, for example after `| tee` was killed, is discarded.
+
+    While the disk of a log file is full, some lines are lost.
+    """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1462,11 +1467,12 @@ class OutputStream:
         self.attempt(self.stream.flush)
 
     def attempt(self, function: Callable, *args: Any) -> None:
-        """Call a function of the stream. If it fails, all later output goes to /dev/null."""
+        """Call a function of the stream. If it fails, and not because the disk is full, later output is discarded."""
         try:
             function(*args)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------
@@ -2051,7 +2057,8 @@ class CompileTimer:
 # the main module in both processes. multiprocessing is not used: if its process is killed, it warns about leaked
 # semaphores
 COMPILE_AHEAD = """
-import importlib, json, sys
+import ctypes, importlib, json, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: if the main process is killed, so is this one
 directory, name, args, task = sys.argv[1:]
 sys.path[0] = directory
 script = importlib.import_module(name)

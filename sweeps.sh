@@ -130,7 +130,7 @@ say() { { echo "$1"; } 2>/dev/null || true; }
 
 # Start or resume the run of a record, and wait for its end. The exit code is appended to the log: --status reads it.
 execute_run() {  # RECORD
-  local directory=${1%%$'\t'*} command=${1##*$'\t'} name log cores exit_code last_line child='' stopped=''
+  local directory=${1%%$'\t'*} command=${1##*$'\t'} name log size cores exit_code error child='' stopped=''
   name=${directory##*/}
   log=runs/logs/$name.log
   trap 'stopped=1; [[ ! $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
@@ -138,6 +138,7 @@ execute_run() {  # RECORD
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}  # runs at a time share the cores
   printf '\n== %(%F %T)T  %s\n' -1 "$command" >>"$log"
   say "start      $name"
+  size=$(wc -c <"$log")
   eval "exec $command" </dev/null >>"$log" 2>&1 &
   child=$!
   [[ ! $stopped ]] || kill -TERM "$child" 2>/dev/null || true        # a signal arrived before `child` was set
@@ -145,17 +146,19 @@ execute_run() {  # RECORD
   wait "$child" && exit_code=0 || exit_code=$?
   # A run that was stopped while it was starting had no signal handler yet, and nothing to save.
   if [[ $stopped ]] && ((exit_code > 128)); then exit_code=75; fi
-  last_line=$(tail -n 1 "$log")
-  case $exit_code:$last_line in
+  # If another process runs it, its lines are in this log, too
+  error=$(tail -c +$((size + 1)) "$log" | grep -a '\.py: error: ' | tail -n 1 || true)
+  error=${error:-$(tail -n 1 "$log")}
+  case $exit_code:$error in
     0:*) say "done       $name" ;;
-    2:*"$directory holds a finished run"*)                            # another sweeps.sh finished it in the meantime
+    2:*"$directory holds a finished run of "*"; continue it with more --steps"*)  # another sweeps.sh finished it
       say "done       $name"
       exit_code=0 ;;
     2:*"$directory is in use by another process")
       say "in use     $name: another process runs it"
       exit_code=75 ;;
     75:*) say "stopped    $name: the same command resumes it" ;;
-    *) say "FAILED     $name: exit code $exit_code, last line of $log: $last_line" ;;
+    *) say "FAILED     $name: exit code $exit_code, $log ends with: $error" ;;
   esac
   echo "== exit code $exit_code" >>"$log"
   return "$exit_code"
@@ -262,6 +265,7 @@ check_python() {
   [[ $path == /* ]] || path=$PWD/$path
   [[ $mode != slurm ]] || python=$path
   [[ $mode != run && $mode != slurm ]] || packages+=(torch)
+  [[ $mode != report ]] || packages+=(matplotlib)
   "$path" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' \
     "${packages[@]}" 2>/dev/null || die "$path cannot import all of ${packages[*]}; $advice"
 }

@@ -1,9 +1,9 @@
 """TD-MPC2: the algorithm that BMPC extends (Hansen et al., ICLR 2024, https://arxiv.org/abs/2310.16828).
 
 A world model predicts rewards and latent states. A planner (MPPI) optimizes action sequences in latent space and
-selects every action after a random start. The value function is learned from stored transitions, and the policy
-maximizes it. Both guide the planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes. The differences are marked in
-the code; where only bmpc.py has something, a comment names it, such as "[T1] BMPC: td_horizon". The marks:
+selects every training action after a random start. The value function is learned from stored transitions, and the
+policy maximizes it. Both guide the planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes. Marks in the code show
+the differences; where only bmpc.py has something, a comment names it, such as "[T1] BMPC: td_horizon". The marks:
 
     [T1] Flags: TD-MPC2's hyperparameters, but four environments. BMPC changes some of them, and adds flags for its
          expert and its ablations.
@@ -112,7 +112,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"  # marks such an argument; all others stay what they were
+RESUMABLE = "may change when a run is resumed"  # marks such an argument; all others must be the same
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -155,7 +155,7 @@ class Args:
     eval_episodes: Resumable[PositiveInt] = 10
     """episodes per evaluation with the planner, and as many with the policy alone"""
     log_freq: Resumable[NonNegativeInt] = 1_000
-    """decisions between two log entries of losses and speed; 0: never log them"""
+    """decisions between two log entries of losses and speed, in addition to one after pretraining; 0: never log them"""
     checkpoint_freq: Resumable[NonNegativeInt] = 10_000
     """decisions between two checkpoints; 0: only when the run starts, ends or is stopped"""
     keep_replay: Resumable[bool] = True
@@ -171,7 +171,8 @@ class Args:
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
-    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or a Gymnasium id with bounded float actions"""
+    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or the id of a Gymnasium environment with
+    bounded float actions"""
     env_kwargs: str = "{}"
     """additional keyword arguments for gymnasium.make, as JSON: '{"env_name": "reach-v3"}'"""
     num_envs: PositiveInt = 4
@@ -213,7 +214,7 @@ class Args:
     rho: PositiveFloat = 0.5
     """step t of a rollout has weight rho^t in every loss"""
     normalize_rho_weights: bool = False  # [T1]
-    """normalize these weights to a sum of 1; off: divide them by the number of steps (official)"""
+    """scale the weights rho^t to a sum of 1; off: divide them by the number of steps (official)"""
     # [T1] BMPC: td_horizon
     consistency_coef: NonNegativeFloat = 20.0  # [T1]
     """weight of the latent consistency loss (official: 20, with --no-normalize-rho-weights)"""
@@ -295,7 +296,7 @@ class Args:
     # [T1] BMPC: flags of an EMA of the policy
 
 
-# The scripts differ in the following parts of resolve_args and check_args
+# The next two functions are the parts of resolve_args and check_args (below) in which the scripts differ
 
 
 def resolve_algorithm_args(args: Args) -> Args:
@@ -572,7 +573,7 @@ class PlanNoise(NamedTuple):
     """All random numbers of S plans. They are inputs of `plan`, so that its compiled and eager versions agree."""
 
     policy: Tensor  # (S, P, T+1, A) standard normal [T3]
-    candidates: Tensor  # (S, iterations, N-P, T+1, A) standard normal; the last step is for the policy [T3]
+    samples: Tensor  # (S, iterations, N-P, T+1, A) standard normal; the last step is for the policy [T3]
     elite: Tensor  # (S, num_elites) uniform
     action: Tensor  # (S, A) standard normal
     heads: Tensor  # (S, 2) int64: two value heads; equal rows, so that states can be split into chunks [T3]
@@ -594,17 +595,17 @@ def sample_plan_noise(
 ) -> PlanNoise:
     """Sample the random numbers of `num_states` plans."""
     iterations = args.iterations + (args.extra_iterations if action_dim >= 20 else 0)
-    num_candidates = args.num_samples - args.num_pi_trajs
+    num_sampled = args.num_samples - args.num_pi_trajs
     normal = lambda *shape: torch.randn(num_states, *shape, generator=generator, device=generator.device)
     policy = normal(args.num_pi_trajs, horizon + 1, action_dim)  # [T3]
-    candidates = normal(iterations, num_candidates, horizon + 1, action_dim)  # [T3]
+    samples = normal(iterations, num_sampled, horizon + 1, action_dim)  # [T3]
     elite = torch.rand(num_states, args.num_elites, generator=generator, device=generator.device)
     heads = sample_heads(args, generator).repeat(num_states, 1)  # [T3]
-    return PlanNoise(policy, candidates, elite, normal(action_dim), heads)  # [T3]
+    return PlanNoise(policy, samples, elite, normal(action_dim), heads)  # [T3]
 
 
 def candidate_scores(rewards: Tensor, values: Tensor) -> Tensor:
-    """Average the predicted returns over heads: (H, S, N), (2, H, S, N) -> (S, N). Non-finite scores: -1e9."""  # [T3]
+    """Average predicted returns over heads: (H, S, N), (2, H, S, N) -> (S, N). Non-finite scores: -1e9."""  # [T3]
     scores = rewards.mean(0) + values.mean((0, 1))
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
 
@@ -693,7 +694,7 @@ def plan(
     policy_actions, policy_scores = propose(model, policy, z, noise.policy, heads, args)  # [T3]
     mean = prev_mean
     std = torch.full_like(mean, args.max_std)
-    for eps in noise.candidates.unbind(1):
+    for eps in noise.samples.unbind(1):
         mean, std, elites, elite_scores, weights = iterate(  # [T3]
             model, policy, z, mean, std, policy_actions, policy_scores, eps, heads, args
         )
@@ -760,7 +761,7 @@ class UpdateNoise(NamedTuple):
     td_heads: Tensor  # (2,) int64, target value heads of the value targets [T6]
     policy: Tensor  # (T+1, B, A) standard normal, for the policy in its loss [T2]
     policy_heads: Tensor  # (2,) int64, value heads of the policy loss [T2]
-    dropout_mask: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1; not yet scaled
+    dropout_keep: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
 
 
 def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[str], torch.Generator]) -> UpdateNoise:
@@ -768,10 +769,10 @@ def sample_update_noise(args: Args, action_dim: int, make_generator: Callable[[s
     generator = make_generator("update")
     T, B = args.horizon, args.batch_size
     noise = torch.randn(T + T + 1, B, action_dim, generator=generator, device=generator.device)  # [T2] [T6]
-    dropout_mask = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
-    dropout_mask.bernoulli_(1 - args.dropout, generator=generator)
+    dropout_keep = torch.empty(args.num_q, T, B, args.mlp_dim, device=generator.device)
+    dropout_keep.bernoulli_(1 - args.dropout, generator=generator)
     td_heads, policy_heads = sample_heads(args, generator), sample_heads(args, generator)  # [T2] [T6]
-    return UpdateNoise(noise[:T], td_heads, noise[T:], policy_heads, dropout_mask)  # [T2] [T6]
+    return UpdateNoise(noise[:T], td_heads, noise[T:], policy_heads, dropout_keep)  # [T2] [T6]
 
 
 @torch.no_grad()
@@ -819,7 +820,7 @@ def world_model_loss(
     # Value: Q at the states of the rollout and the stored actions [T6]
     rollout_z = torch.cat([zs[:, 0], next_zs[-1:, 0]])  # (T+1, B, L); the last state is only for the policy loss [T2]
     y = td_target(model, batch, true_z[1:].detach(), noise, args)  # (T, B)
-    dropout_mask = noise.dropout_mask / (1 - args.dropout)
+    dropout_mask = noise.dropout_keep / (1 - args.dropout)
     value_logits = model.value(rollout_z[None, :-1], batch.action[None], dropout_mask=dropout_mask)  # (Q, T, B, K)
     value_loss = soft_cross_entropy(value_logits, two_hot(y, args)).mean((0, 2))  # (T,)
 
@@ -995,7 +996,7 @@ class ReplayBuffer:
 
         obs and next_obs: (E, O); action: (E, A); reward and terminated: (E,); [T5]
         ended, failed: arrays (E,) on the host. ended: the episode ended, by termination or truncation; failed: the
-        simulator failed, so the row is not a transition; the episode ended with it, so no window contains it.
+        simulator failed at this step, so the episode ended, and no window contains the row.
         """
         row = [obs, action, reward[:, None], terminated[:, None], next_obs]  # [T5]
         torch.cat(row, 1, out=self.rows[self.step % self.capacity])
@@ -1038,7 +1039,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state into an empty buffer.
 
-        This buffer's capacity may be larger than that of the saved one, if that had overwritten nothing.
+        Its capacity may be larger than that of the saved buffer, but only if no saved row had been overwritten.
         """
         self.step = state["step"]
         self.rows[: self.step].copy_(state["rows"])
@@ -1256,7 +1257,10 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class OutputStream:
-    """Wraps stdout or stderr. Output that nobody reads any more, for example after `| tee` was killed, is discarded."""
+    """Wraps stdout or stderr. Output that nobody reads any more, for example after `| tee` was killed, is discarded.
+
+    While the disk of a log file is full, some lines are lost.
+    """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -1274,11 +1278,12 @@ class OutputStream:
         self.attempt(self.stream.flush)
 
     def attempt(self, function: Callable, *args: Any) -> None:
-        """Call a function of the stream. If it fails, all later output goes to /dev/null."""
+        """Call a function of the stream. If it fails, and not because the disk is full, later output is discarded."""
         try:
             function(*args)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------
@@ -1863,7 +1868,8 @@ class CompileTimer:
 # the main module in both processes. multiprocessing is not used: if its process is killed, it warns about leaked
 # semaphores
 COMPILE_AHEAD = """
-import importlib, json, sys
+import ctypes, importlib, json, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: if the main process is killed, so is this one
 directory, name, args, task = sys.argv[1:]
 sys.path[0] = directory
 script = importlib.import_module(name)

@@ -67,7 +67,7 @@ def over_axis(runs: list[Run], axis: str) -> tuple[list[Run], list[str]]:
                 run.metrics |= dict.fromkeys((PLANNER, POLICY), np.empty((0, 2)))
             continue
         inside = max(int(np.sum((curve[:, 0] >= low) & (curve[:, 0] <= high))) for curve in finished)
-        grid = None if axis == "decisions" else np.linspace(low, high, max(inside, 2))
+        grid = None if axis == "decisions" else np.unique(np.linspace(low, high, max(inside, 2)))
         cut = any(curve[0, 0] < low or curve[-1, 0] > high for curve in finished)
         if cut or axis != "decisions":
             notes.append(f"{sweep}, {task}: compared from {low:,.0f} to {high:,.0f} {axis}.")

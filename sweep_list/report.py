@@ -8,7 +8,7 @@
     python sweep_list/report.py --replot DIR         write that page again, from the CSVs alone
 
 sweeps.sh passes the list of runs on standard input: one line for each run, fields separated by tabs. The numbers come
-from each run's metrics.csv. All files are read and written as UTF-8.
+from each run's metrics.csv.
 """
 
 import argparse
@@ -47,7 +47,6 @@ from run_files import (
     published_curves,
     read_run,
     speeds,
-    to_text,
 )
 
 # --- Status ----------------------------------------------------------------------------------------------------------
@@ -65,7 +64,7 @@ def is_locked(file: Path) -> bool:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return True
-            print(f"report.py: {to_text(file)} cannot be tested: {error.strerror}", file=sys.stderr)
+            print(f"report.py: {file} cannot be tested: {error.strerror}", file=sys.stderr)
     return False
 
 
@@ -76,7 +75,7 @@ def state_of(run: Run) -> str:
         return "done"
     if is_locked(run.directory / "lock"):
         return "running"
-    log = run.log.read_text(encoding="utf-8", errors="replace") if run.log.exists() else ""
+    log = run.log.read_text(errors="replace") if run.log.exists() else ""
     failed = re.search(r"^== exit code (?!0$|75$)\d+\n\Z", log, re.M)  # the line that sweeps.sh writes at the end
     return "failed" if failed else "waiting"
 
@@ -92,7 +91,7 @@ def print_status(runs: list[Run]) -> int:
         eta = "-"
         if state == "running" and len(speed) and speed[-1, 1] > 0:
             eta = "{} h {:02d} m".format(*divmod(int((run.steps - step) / speed[-1, 1] / 60), 60))
-        name = {"failed": to_text(run.log), "damaged": run.damage}.get(state, run.name)
+        name = {"failed": run.log, "damaged": run.damage}.get(state, run.name)
         print(f"{state:8} {f'{step}/{run.steps}':>15} {last_return:>8} {eta:>9}  {name}")
     counts = {state: states.count(state) for state in ("done", "running", "failed", "waiting", "damaged")}
     shown = [f"{count} {state}" for state, count in counts.items() if count or state != "damaged"]
@@ -309,8 +308,6 @@ same task. Both as in Agarwal et al. (2021), with 95 % bootstrap intervals, seed
 
 
 def main() -> int:
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--status", action="store_true", help="print the state of each run and stop")
     parser.add_argument("--due", action="store_true", help="print the lines of the runs to start and stop")
@@ -335,13 +332,15 @@ def main() -> int:
         try:
             runs = load_exported(out)
         except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"report.py: {to_text(out)} is no complete folder of exported runs: {error}")
+            sys.exit(f"report.py: {out} is no complete folder of exported runs: {error}")
     (out / "figures").mkdir(parents=True, exist_ok=True)
     file = out / ("report.md" if options.axis == "decisions" else f"report_{options.axis}.md")
-    file.write_text(page(runs, out, options.axis), encoding="utf-8", errors="surrogateescape")
-    print(to_text(file))
+    file.write_text(page(runs, out, options.axis), errors="surrogateescape")
+    print(file)
     return 0
 
 
 if __name__ == "__main__":
+    if not sys.flags.utf8_mode:  # files, names and streams are UTF-8, whatever the locale
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.argv])
     sys.exit(main())

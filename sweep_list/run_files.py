@@ -1,11 +1,7 @@
-"""The files of runs: what the scripts write, the smaller copies that are exported and committed, published curves.
-
-All files are read and written as UTF-8, whatever the locale.
-"""
+"""The files of runs: what the scripts write, the smaller copies that are exported and committed, published curves."""
 
 import csv
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -33,16 +29,6 @@ EXPORTED_ARGS = ("action_repeat", "preset", *UPDATE_FIELDS, *SIZE_FIELDS)
 # --- Runs and their metrics ------------------------------------------------------------------------------------------
 
 
-def to_path(text: str) -> Path:
-    """Return the path that a UTF-8 text names, whatever encoding Python uses for file names."""
-    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
-
-
-def to_text(path: Path | str) -> str:
-    """Return a path as it reads in UTF-8: the inverse of `to_path`."""
-    return os.fsencode(path).decode("utf-8", "surrogateescape")
-
-
 @dataclass
 class Run:
     directory: Path
@@ -65,7 +51,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return to_text(self.directory.name)
+        return self.directory.name
 
     @property
     def task(self) -> str:
@@ -98,13 +84,16 @@ def speeds(runs: list[Run]) -> np.ndarray:  # (finished seeds,): median decision
 def read_run(line: str) -> Run:
     """Read a run's files. What cannot be read is noted in `damage`; files that do not exist yet are not damage."""
     name, steps, sweep, baseline, configuration, seed, question, command = line.rstrip("\n").split("\t")
-    folder, problems = to_path(name), []
+    folder, problems = Path(name), []
     args = read_json(folder / "args.json", {}, problems)
     starts = read_json(folder / "versions.json", [], problems)
     finished = (read_json(folder / "finished.json", {}, problems).get("total_timesteps") or -1) >= int(steps)
     metrics = read_metrics(folder / "metrics.csv", finished, problems)
-    if finished and not args and not problems:
-        problems.append(f"{to_text(folder / 'args.json')}: missing")
+    for file in (folder / "args.json", folder / "metrics.csv"):
+        if finished and not file.exists():
+            problems.append(f"{file}: missing")
+    if "num_envs" in args:  # a run that is being extended, or was stopped then, has entries of later steps
+        finished |= any(points[-1, 0] >= int(steps) + args["num_envs"] for points in metrics.values())
     return Run(
         directory=folder,
         steps=int(steps),
@@ -136,11 +125,11 @@ def merge_starts(starts: list[dict]) -> dict:
 def read_file(file: Path, problems: list[str]) -> str | None:
     """Return the file's text, or None if it does not exist or cannot be read. Appends to `problems`."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{to_text(file)}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
+        problems.append(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
         return None
 
 
@@ -155,7 +144,7 @@ def read_json(file: Path, default: Any, problems: list[str]) -> Any:
         value = None
     if type(value) is type(default):
         return value
-    problems.append(f"{to_text(file)}: {'not valid JSON' if text.strip() else 'empty'}")
+    problems.append(f"{file}: {'not valid JSON' if text.strip() else 'empty'}")
     return default
 
 
@@ -166,7 +155,7 @@ def read_metrics(file: Path, finished: bool, problems: list[str]) -> dict[str, n
     """
     lines = (read_file(file, problems) or "").split("\n")
     if finished and lines[-1]:
-        problems.append(f"{to_text(file)}: the last line is incomplete")
+        problems.append(f"{file}: the last line is incomplete")
     points: dict[str, list[tuple[float, float]]] = {}
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -176,7 +165,7 @@ def read_metrics(file: Path, finished: bool, problems: list[str]) -> dict[str, n
             if number > 1:
                 points.setdefault(tag, []).append((float(step), float(value)))
         except ValueError:
-            problems.append(f"{to_text(file)}: line {number} is not global_step,env_steps,tag,value")
+            problems.append(f"{file}: line {number} is not global_step,env_steps,tag,value")
             break
     return {tag: np.array(values) for tag, values in points.items()}
 
@@ -199,8 +188,8 @@ def export_runs(runs: list[Run], folder: Path) -> None:
     commands = [re.sub(rf"^{word}+ (?:{word}*/)?", "python ", run.command) for run in runs]  # without folders
     for run, command in zip(runs, commands, strict=True):
         kept = entries.get(run.name, {}).get("command", command)
-        if not run.done and kept != command:
-            message = f"{to_text(folder)} holds a finished run of another command, {kept}; export to another folder"
+        if kept != command:
+            message = f"{folder} holds a finished run of another command, {kept}; export to another folder"
             sys.exit(f"report.py: {message}")
     for run, command in zip(runs, commands, strict=True):
         entry = {key: getattr(run, key) for key in RUN_FIELDS} | {"command": command}
@@ -218,30 +207,30 @@ def export_runs(runs: list[Run], folder: Path) -> None:
                 row.append(f"{curve[step]:.{digits}g}" if step in curve else "")
             rows.append(row)
         text = "".join(",".join(row) + "\n" for row in rows)
-        (folder / to_path(f"{run.name}.csv")).write_text(text, encoding="utf-8")
+        (folder / f"{run.name}.csv").write_text(text)
         entries[run.name] = entry | {
             "args": {key: run.args[key] for key in EXPORTED_ARGS if key in run.args},
             "decisions_a_second": [round(float(speed), 1) for speed in speeds([run])],
             "versions": {key: value for key, value in run.versions.items() if key != "command"},
         }
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]  # one a run
-    (folder / "runs.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (folder / "runs.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def load_exported(folder: Path) -> list[Run]:
     """Return the runs that `export_runs` listed. A finished one has the metrics of its CSV, and its speed."""
     runs = []
-    for name, entry in json.loads((folder / "runs.json").read_text(encoding="utf-8")).items():
+    for name, entry in json.loads((folder / "runs.json").read_text()).items():
         finished = entry.get("finished", True)
-        file = folder / to_path(f"{name}.csv")
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if finished else []
+        file = folder / f"{name}.csv"
+        rows = list(csv.DictReader(file.read_text().splitlines())) if finished else []
         speed = [(entry["steps"], speed) for speed in entry.get("decisions_a_second", [])]
         metrics = {SPEED: np.array(speed).reshape(-1, 2)}
         for column, tag in COLUMNS.items():
             points = [(float(row["global_step"]), float(row[column])) for row in rows if row.get(column)]
             metrics[tag] = np.array(points).reshape(-1, 2)
         fields = {key: entry[key] for key in RUN_FIELDS} | {key: entry.get(key, {}) for key in ("args", "versions")}
-        runs.append(Run(folder / to_path(name), **fields, finished=finished, damage="", metrics=metrics))
+        runs.append(Run(folder / name, **fields, finished=finished, damage="", metrics=metrics))
     return sorted(runs, key=lambda run: (run.sweep, run.configuration, run.task, run.seed))
 
 
@@ -252,7 +241,7 @@ def published_curves(task: str) -> dict[str, np.ndarray]:  # algorithm -> (n, 4)
     if not PUBLISHED.exists():
         return {}
     curves: dict[str, list[list[float]]] = {}
-    for row in csv.DictReader(PUBLISHED.read_text(encoding="utf-8").splitlines()):
+    for row in csv.DictReader(PUBLISHED.read_text().splitlines()):
         if row["task"] == task:
             point = [float(row[column]) for column in ("env_steps", "mean", "low", "high")]
             curves.setdefault(row["algorithm"], []).append(point)

@@ -47,7 +47,7 @@ except OSError:
     exit_with(2, f"{run_dir} is in use by another process")
 finished, checkpoint = run_dir / "finished.json", run_dir / "checkpoint.pt"
 if finished.exists() and json.loads(finished.read_text())["total_timesteps"] >= total_timesteps:
-    exit_with(2, f"{run_dir} holds a finished run")
+    exit_with(2, f"{run_dir} holds a finished run of {total_timesteps} decisions; continue it with more --steps")
 finished.unlink(missing_ok=True)
 for number in STOP_SIGNALS:
     signal.signal(number, lambda number, _frame: received_signals.append(signal.Signals(number).name))

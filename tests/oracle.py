@@ -145,7 +145,7 @@ def world_model_loss(model, batch, noise, args):
     true_z = [network(model.encoder, 0, obs) for obs in [*batch.obs, batch.next_obs[-1]]]
     losses = {}
     targets = []
-    dropout_mask = noise.dropout_mask / (1 - args.dropout)
+    dropout_mask = noise.dropout_keep / (1 - args.dropout)
     z = [[true_z[0]] for _ in range(H)]  # z[h][t]
 
     def add(name, value, t, terms=1):

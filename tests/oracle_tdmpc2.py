@@ -37,7 +37,7 @@ def world_model_loss(model, batch, draws, args):
     """The total, the T + 1 states of the rollout, and every loss of the world model by name."""
     T, Q = args.horizon, args.num_q
     z_true = [network(model.encoder, 0, obs) for obs in [*batch.obs, batch.next_obs[-1]]]
-    keep, z, parts, ys = draws.dropout_mask / (1 - args.dropout), [z_true[0]], {}, []
+    keep, z, parts, ys = draws.dropout_keep / (1 - args.dropout), [z_true[0]], {}, []
 
     def add(name, value, t):
         parts[name] = parts.get(name, 0.0) + weights(args, T)[t] * value.mean()
@@ -144,7 +144,7 @@ def plan(model, policy, obs, mean, draws, args):
         proposals.append(drawn(policy, state, draws.policy[:, :, t], args))
         state = network(model.dynamics, 0, torch.cat([state, proposals[-1]], -1))
     std = torch.full_like(mean, args.max_std)
-    for eps in draws.candidates.unbind(1):
+    for eps in draws.samples.unbind(1):
         samples = (mean[:, None] + std[:, None] * eps[:, :, :T]).clamp(-1, 1)
         actions = torch.cat([torch.stack(proposals, 2), samples], 1)  # (S, N, T, A)
         scores = returns(actions, torch.cat([draws.policy[:, :, T], eps[:, :, T]], 1))

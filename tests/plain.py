@@ -25,7 +25,7 @@ def plan(model, policy, obs, prev_mean, noise, args, std_coef=None):
     # MPPI
     mean = prev_mean
     std = torch.full_like(mean, args.max_std)
-    for eps in noise.candidates.unbind(1):
+    for eps in noise.samples.unbind(1):
         samples = (mean[:, None] + std[:, None] * eps).clamp(-1, 1)
         actions = torch.cat([torch.stack(policy_actions, 2), samples], 1)  # (S, N, T, A)
         start = z.expand(-1, actions.shape[1], -1)

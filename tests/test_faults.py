@@ -375,6 +375,20 @@ def test_output_that_nobody_reads_ends_nothing(tmp_path):
     assert subprocess.run(command("--steps", step + 20), capture_output=True, **options).returncode == 0
 
 
+def test_a_run_may_have_no_output_at_all(tmp_path):
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    assert subprocess.run([*closed, *command("--vmin", 20)], cwd=tmp_path, env=ENVIRON).returncode == 2
+
+
+def test_a_disk_that_was_full_does_not_silence_what_follows(tmp_path):
+    with open("/dev/full", "w", buffering=1) as file, open(tmp_path / "log", "w") as log:
+        stream = bmpc.OutputStream(file)
+        stream.write("this line may be lost\n")
+        os.dup2(log.fileno(), file.fileno())  # there is space again
+        stream.write("error\n")
+    assert (tmp_path / "log").read_text().endswith("error\n")
+
+
 @pytest.mark.parametrize("handler, code", [("SIG_DFL", bmpc.EXIT_RESUMABLE), ("SIG_IGN", 0)])
 def test_a_closed_terminal_stops_a_run_unless_nohup_ignores_it(tmp_path, handler, code):
     moments = [("inherit", "SIGHUP", handler), ("strike", "SIGHUP", "train_step", 20)]

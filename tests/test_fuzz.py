@@ -32,8 +32,8 @@ CHOICES = dict(  # values that are valid in all combinations, together with BASE
     num_enc_layers=[1, 2, 3], simnorm_dim=[2, 4, 8], num_q=[1, 3], num_bins=[2, 21], dropout=[0, 0.5],
     horizon=[1, 2, 4], iterations=[1, 3], num_samples=[8, 16], num_elites=[1, 8], num_pi_trajs=[0, 1, 7],
     temperature=[0.01, 100], eval_sample_elite=[False, True], reanalyze_interval=[0, 1], reanalyze_batch_size=[1, 4],
-    reanalyze_horizon=[1, 5], reanalyze_log_std_min=[-2], expert_std_min=[0, 0.5], reanalyze_use_chosen_action=[True],
-    chosen_action_noise=[True], initial_expert_from_behavior=[False, True], num_rollouts=[1, 4],
+    reanalyze_horizon=[1, 5], reanalyze_log_std_min=[-2], expert_std_min=[0, 0.5], reanalyze_use_chosen_action=[False],
+    chosen_action_noise=[False], initial_expert_from_behavior=[False, True], num_rollouts=[1, 4],
     imagine_initial_source=["replay_rollout", "replay_true"], td_target_initial_source=["replay_true", "same"],
     encoder_consistency_coef=[0, 1], td_target_use_ema_policy=[False, True], policy_trust_region_coef=[0, 1],
 )  # fmt: skip

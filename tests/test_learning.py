@@ -100,6 +100,10 @@ def test_network_shapes_and_initialization():
             assert layer.weight.std().item() == (0 if is_zero else pytest.approx(0.02, rel=0.15))
             assert (layer.bias == 0).all()
             assert not hasattr(layer, "activation") or ((layer.ln_weight == 1).all() and (layer.ln_bias == 0).all())
+    z = model.encoder(torch.randn(5, TASK.obs_dim))
+    for x in (z, model.dynamics(z[None], torch.randn(1, 5, TASK.action_dim))[0]):  # SimNorm: softmax in groups
+        assert x.shape == (5, 64) and (x > 0).all()
+        torch.testing.assert_close(x.unflatten(1, (-1, args.simnorm_dim)).sum(2), torch.ones(5, 16))
     first = model.value.layers[0].weight
     assert not torch.equal(first[0], first[1])  # the heads differ
     for target, online in ((model.target_value, model.value), (model.ema_policy, model.policy)):
@@ -108,7 +112,7 @@ def test_network_shapes_and_initialization():
 
 def test_dropout_rate():
     args = small_args(dropout=0.3, batch_size=64, mlp_dim=32)
-    mask = bmpc.sample_update_noise(args, TASK.action_dim, generator_factory()).dropout_mask
+    mask = bmpc.sample_update_noise(args, TASK.action_dim, generator_factory()).dropout_keep
     assert mask.shape == (args.num_q, args.horizon, 64, 32) and set(mask.unique().tolist()) == {0.0, 1.0}
     assert mask.mean().item() == pytest.approx(0.7, abs=5 * math.sqrt(0.3 * 0.7 / mask.numel()))
 

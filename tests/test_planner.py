@@ -73,7 +73,7 @@ def test_plans_match_the_plain_planner(double, name):
 def test_extra_iterations_from_20_action_dimensions():
     for actions, changes, iterations in ((19, {}, 6), (20, {}, 8), (38, {}, 8), (38, dict(extra_iterations=0), 6)):
         noise = bmpc.sample_plan_noise(2, 3, actions, small_args(iterations=6, **changes), generator())
-        assert noise.candidates.shape == (2, iterations, 16, 3, actions)  # N - P = 16
+        assert noise.samples.shape == (2, iterations, 16, 3, actions)  # N - P = 16
 
 
 # --- chunks

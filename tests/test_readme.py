@@ -1,4 +1,4 @@
-"""README and results/README.md tell the truth: their commands parse and run, and what they name exists."""
+"""README and results/README.md: the commands of scripts and sweeps are accepted, and what the pages name exists."""
 
 import csv
 import dataclasses

@@ -336,6 +336,14 @@ def test_an_axis_ends_at_the_largest_value_that_all_reach(lab, axis, tag):
     assert notes == [] and [run.curve().tolist() for run in decisions] == [run.curve().tolist() for run in lab.read()]
 
 
+def test_a_single_evaluation_is_compared_on_every_axis(lab):
+    for seed in (1, 2):
+        for sweep in ("1_test", "2a_utd"):
+            lab.run(sweep, "baseline", seed, [seed], tags={"charts/updates": [700]})
+    runs, _ = comparison.over_axis(lab.read(), "updates")
+    assert comparison.group_runs(runs)["2a_utd"][0].differences[PRIMARY]["baseline"].interval[0] == 0
+
+
 def test_runs_without_a_common_range_are_not_compared(lab):
     for seed in (1, 2):
         seconds = {"1_test": [10, 20, 30, 40, 50], "2a_utd": [60, 70, 80, 90, 100]}
@@ -455,6 +463,20 @@ def test_a_damaged_run_is_told_with_its_path_and_the_others_go_on(lab, capsys, n
     assert [run.seed for run in run_files.load_exported(lab.folder / "kept") if run.done] == [2]
 
 
+def test_a_finished_run_without_its_log_is_damaged(lab):
+    folder = lab.run("1_test", "baseline", 1, STEPS)
+    (folder / "metrics.csv").unlink()
+    (run,) = lab.read()
+    assert run.damage == f"{folder / 'metrics.csv'}: missing"
+
+
+def test_a_run_that_was_continued_beyond_its_steps_is_done(lab):
+    """finished.json is gone while it is continued, and after it was stopped."""
+    for seed, steps in enumerate((STEPS, [0, 200, 400, 403, 404]), 1):
+        (lab.run("1_test", "baseline", seed, STEPS, steps=steps) / "finished.json").unlink()
+    assert [run.done for run in lab.read()] == [False, True]  # 4 environments: a run of 400 ends below 404
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_only_a_held_lock_means_running(lab, monkeypatch, capsys, code):
     folder = lab.run("1_test", "baseline", 1, STEPS, done=False)
@@ -468,7 +490,7 @@ def test_only_a_held_lock_means_running(lab, monkeypatch, capsys, code):
 
 
 def test_everything_is_utf_8_whatever_the_locale(lab):
-    environ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "iso-8859-1"}
+    environ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     folder = lab.run("1_test", "baseline", 1, STEPS, task="Tänzer-v0")
     lab.lines = [line.replace("better?", "besser für uns?") for line in lab.lines]
     (lab.folder / "runs" / "logs").mkdir()
@@ -529,6 +551,13 @@ def test_the_page_and_what_is_exported(lab):
         refused.returncode == 1 and b"a finished run of another command, python bmpc.py --x 2; export" in refused.stderr
     )
     assert {file: file.read_bytes() for file in folder.rglob("*.*")} == first
+    shutil.rmtree(lab.folder / "runs")
+    lab.lines.clear()
+    lab.seeds("2a_utd", "utd_ratio_2", 1, 2)
+    lab.lines = [line.replace("--x 2", "--x 3") for line in lab.lines]
+    refused = lab.page("--export", folder)  # of runs that would overwrite those that are kept
+    assert refused.returncode == 1 and b"a finished run of another command" in refused.stderr
+    assert {file: file.read_bytes() for file in folder.rglob("*.*")} == first
     (folder / "runs.json").write_text("")
     refused = lab.page("--export", folder)
     assert refused.returncode == 1 and refused.stderr.decode().endswith("runs.json: empty; nothing was exported\n")
@@ -579,7 +608,8 @@ def test_replotted_from_the_csvs_alone_it_is_the_same(folder, tmp_path):
     runs = run_files.load_exported(folder)
     assert report.page(runs, tmp_path) == (folder / "report.md").read_text(encoding="utf-8")
     assert {path.name for path in folder.glob("*.csv")} == {f"{run.name}.csv" for run in runs if run.done}
-    figures = {path.name for path in (folder / "figures").iterdir()}
+    is_over_decisions = lambda path: not path.name.startswith(("updates_", "seconds_"))  # README offers these axes, too
+    figures = {path.name for path in (folder / "figures").iterdir() if is_over_decisions(path)}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == figures
     for name in figures:
         kept, drawn = folder / "figures" / name, tmp_path / "figures" / name
@@ -662,14 +692,11 @@ def test_both_readmes_say_what_equal_compute_gives():
     assert {run.curve()[-1, 0] for run in own + base} == {10_000}
     at_end = [np.mean([run.curve()[-1, 1] for run in side]) for side in (own, base)]
     one = comparison.welch(*(comparison.measured(side, comparison.area_under_curve) for side in (own, base)))
-    share = f"{-one.percent(one.interval[0]):.0f} % lower"
-    text = results_readme().replace(" between evaluations)", ")")
-    assert "has a return of {:.0f} (interpolated) where the baseline has {:.0f}".format(*at_end) in text
-    assert f"{share} ({one.of_area.replace(' ', ' % ', 1)})" in results_readme()
-    readme = re.sub(r"\s+", " ", README)
-    assert "has a return of {:.0f} (interpolated) where the baseline has {:.0f}".format(*at_end) in readme
     low, high = (-one.percent(x) for x in one.interval[1:])
-    assert f"{-one.percent(one.interval[0]):.1f} % [{high:.1f}, {low:.1f}] lower" in readme
+    lower = f"and its area is {-one.percent(one.interval[0]):.1f} % [{high:.1f}, {low:.1f}] lower"
+    returns = "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end)
+    for text in (results_readme().replace(" (interpolated between evaluations)", ""), README):
+        assert f"{returns}, {lower}" in re.sub(r"\s+", " ", text)
 
 
 def test_both_readmes_say_how_wide_parity_is():
@@ -728,11 +755,23 @@ def test_results_readme_has_the_answer_of_dog_run():
     low, estimate, high = sorted(abs(differences[0].percent(value)) for value in differences[0].interval)
     lower = f"{estimate:.1f} % lower than BMPC's, with a 95 % interval of [{low:.1f}, {high:.1f}]"
     assert lower in results_readme() and differences[0].verdict == "worse"
-    readme = (ROOT / "README.md").read_text()
+    readme = README
     assert f"is {estimate:.0f} % [{low:.0f}, {high:.0f}] lower" in readme
     areas = [comparison.measured(runs, *comparison.MEASURES[comparison.PRIMARY]) for runs in (baseline, own)]
     assert f"{100 * areas[0].std(ddof=1) / areas[0].mean():.1f} % of their mean" in results_readme()
     assert areas[0].min() > areas[1].max()  # "each seed of BMPC has a larger area"
+    official = csv.DictReader((ROOT / "results/official_small.csv").open())
+    (theirs,) = (
+        float(row["return"])
+        for row in official
+        if (row["algorithm"], row["task"], row["agent"], row["global_step"]) == ("BMPC", "dog-run", "planner", "20000")
+    )
+    levels = f"their one seed has {theirs:.0f} after 20 000 steps, our eight {means[0][3]:.0f}."
+    assert levels in re.sub(r"\s+", " ", readme)
+    runs, notes = comparison.over_axis(exported("dog_run_25k"), "seconds")
+    assert notes[0].endswith("compared from 1,423 to 2,446 seconds.") and "from 1 423 s to 2 446 s" in results_readme()
+    (group,) = comparison.group_runs(runs)["0_dog_run_25k"]
+    assert f"is {group.differences[PRIMARY]['tdmpc2']} in return" in results_readme()
 
 
 def test_results_readme_has_the_table():

@@ -548,7 +548,8 @@ def test_two_invocations_share_the_runs(lab):
     (lab.cwd / "gate").touch()
     out, _ = first.communicate(timeout=TIMEOUT)
     assert first.returncode == 0 and out.count("done ") == 4 and [len(starts(run)) for run in lab.runs] == [1] * 4
-    messages = ("} is in use by another process", "} holds a finished run")  # by which sweeps.sh recognises them
+    messages = ("} is in use by another process", "} holds a finished run of {", "; {advice}")
+    messages += ('advice = f"continue it with more --steps',)  # by which sweeps.sh recognises them
     assert all(message in (ROOT / f"{script}.py").read_text() for message in messages for script in SCRIPTS)
 
 
@@ -600,6 +601,7 @@ def test_submission_to_slurm(lab):
         (1, "RUN_DIR is in use by another process", False),
         (2, "RUN_DIR_2 is in use by another process", False),
         (2, "cuda:0 is in use by another process", False),
+        (2, "RUN_DIR is in use by another process\ndecisions: 50%", True),  # a line of the other process
     ],
 )
 def test_only_a_run_that_is_in_use_is_requeued(lab, code, message, requeued):
@@ -614,6 +616,12 @@ def test_only_a_run_that_is_in_use_is_requeued(lab, code, message, requeued):
     assert done.returncode == (75 if requeued else code)
     assert ("in use  " in done.stdout, "FAILED" in done.stdout) == (requeued, not requeued)
     assert (lab.cwd / "scontrol.args").exists() == requeued
+
+
+def test_a_finished_run_that_cannot_be_continued_is_not_taken_for_done(lab):
+    message = "RUN_DIR holds a finished run of 10 decisions; it was finished with --no-keep-replay, so it cannot be"
+    done = lab.run("2d", *SHORT, FAKE_CODE=2, FAKE_ERROR=message)
+    assert done.returncode == 1 and done.stdout.count("FAILED") == 2 and "0 done, 0 running, 2 failed" in done.stdout
 
 
 @pytest.mark.skipif(not shutil.which("sbatch") or os.geteuid() != 0, reason="a real SLURM needs root and slurm-wlm")

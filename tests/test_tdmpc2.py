@@ -114,7 +114,7 @@ def test_no_random_number_is_used_twice(tmp_path, monkeypatch):
     normal = torch.cat([noise.td.flatten(), noise.policy.flatten()])
     assert len(normal.unique()) == len(normal) == (2 * 3 + 1) * 12 * 2
     noise = tdmpc2.sample_plan_noise(2, 3, 2, tdmpc2_args(), generator())
-    normal = torch.cat([x.flatten() for x in (noise.policy, noise.candidates, noise.action)])
+    normal = torch.cat([x.flatten() for x in (noise.policy, noise.samples, noise.action)])
     assert len(normal.unique()) == len(normal)
 
 
