@@ -1799,6 +1799,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+    delete_incomplete_libraries()
     try:
         with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # about torch's internals
             compile_fn(lambda x: x + 1)(torch.zeros(8, device=device))
@@ -1813,6 +1814,25 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
     # On a CPU, the two parts of a plan compile in a third of the time of the whole; small plans run somewhat slower
     parts = dict(propose=compile_fn(policy_candidates), iterate=compile_fn(mppi_iteration))
     return functions._replace(plan=functools.partial(plan, **parts))
+
+
+def delete_incomplete_libraries() -> None:
+    """Delete libraries that a killed compilation left incomplete in the compiler's cache: torch would load them.
+
+    One that was written to in the last minute may be the work of another process, so wait until it is complete or old.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes a second
+
+    def is_complete(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(4) == b"\x7fELF"  # the linker writes these first bytes last
+
+    for path in Path(cache_dir()).glob("*/*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another run has deleted it
+            while not is_complete(path):
+                if time.time() - path.stat().st_mtime > 60:
+                    path.unlink()
+                time.sleep(1)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 
@@ -419,6 +420,20 @@ def test_output_is_utf_8_in_any_locale(tmp_path):
     environ = ENVIRON | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ran = subprocess.run(command("--task", "größe"), cwd=tmp_path, env=environ, capture_output=True)
     assert ran.returncode == 2 and "größe".encode() in ran.stderr, ran
+
+
+def test_what_a_killed_compilation_left_is_deleted(tmp_path, monkeypatch):
+    """A complete library is kept, and so is one that another process is just writing."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    contents = {"complete": b"\x7fELF...", "empty": b"", "partial": b"\0" * 99, "young": b""}
+    paths = {name: tmp_path / "ab" / f"{name}.main.so" for name in contents}
+    paths["empty"].parent.mkdir()
+    for name, path in paths.items():
+        path.write_bytes(contents[name])
+        os.utime(path, (time.time(), time.time() - (0 if name == "young" else 100)))
+    monkeypatch.setattr(time, "sleep", lambda _: paths["young"].write_bytes(b"\x7fELF..."))
+    bmpc.delete_incomplete_libraries()
+    assert [name for name, path in paths.items() if path.exists()] == ["complete", "young"]
 
 
 # --- files of a run

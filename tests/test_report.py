@@ -3,11 +3,13 @@
 And results/: the kept curves are those of the commands beside them, both READMEs' figures are computed from them.
 """
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -15,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import matplotlib
 import matplotlib.image
@@ -74,9 +77,21 @@ class Runs:
         return [line for group in self.groups(sweep) for line in report.answer(group)]
 
     def page(self, *arguments, **environ):
-        command = [sys.executable, ROOT / "sweep_list" / "report.py", *arguments]
-        given = dict(capture_output=True, timeout=120, env=environment(**environ))
-        return subprocess.run(command, cwd=self.folder, input="".join(self.lines).encode(), **given)
+        """Call report.py, in a process of its own if environment variables are given."""
+        if environ:
+            command = [sys.executable, ROOT / "sweep_list" / "report.py", *arguments]
+            given = dict(capture_output=True, timeout=120, env=environment(**environ))
+            return subprocess.run(command, cwd=self.folder, input="".join(self.lines).encode(), **given)
+        out, err = io.StringIO(), io.StringIO()
+        words = ["report.py", *map(str, arguments)]
+        streams = mock.patch.multiple(sys, argv=words, stdin=io.StringIO("".join(self.lines)), stdout=out, stderr=err)
+        with contextlib.chdir(self.folder), streams:
+            try:
+                code = report.main()
+            except SystemExit as e:  # a message
+                code = 1
+                err.write(f"{e}\n")
+        return subprocess.CompletedProcess(words, code, out.getvalue().encode(), err.getvalue().encode())
 
 
 @pytest.fixture

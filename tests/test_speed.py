@@ -41,15 +41,15 @@ def random_transition(run, script):
     return [transition] if script is tdmpc2 else [*transition]
 
 
-def short_run(functions, args, device, script=bmpc):
-    """Make a run on fake environments with six vector steps after the warm-up, with updates and reanalyze."""
+def short_run(functions, args, device, script=bmpc, steps=6):
+    """Make a run on fake environments with some vector steps after the warm-up, with updates and reanalyze."""
     envs = FakeEnvs([5, 4] * (args.num_envs // 2), terminal=(1,) if args.episodic else ())
     run = script.Run(args, TASK, device)
     run.functions = functions or run.functions
     if device != META:
         run.model.load_state_dict(make_model(args, script=script).state_dict())
     with script.compile_ahead(run, TASK):
-        for step in range(args.horizon + 6):
+        for step in range(args.horizon + steps):
             acted = [*random_transition(run, script), run.prev_mean]
             if step >= args.horizon:
                 *acted, metrics = script.act(
@@ -81,7 +81,7 @@ def test_compiled_functions_match_eager(name, monkeypatch):
     graphs but needs no compiler.
     """
     script, flags, names = COMPILED[name]
-    sizes = dict(num_samples=16, iterations=2, num_envs=4, horizon=2)
+    sizes = dict(num_samples=16, iterations=2, num_envs=4, horizon=2, num_q=2)
     if script is not tdmpc2:
         sizes |= dict(reanalyze_interval=1, reanalyze_batch_size=2)  # plans have the same shape as those for acting
     args = small_args(script, **sizes | flags)
@@ -170,8 +170,8 @@ def meta(monkeypatch):
 def test_no_synchronization(meta, script, flags):
     """With all flags that add work, and also after the replay buffer is full and windows become invalid."""
     args = small_args(script, iterations=1, buffer_size=10, **flags)
-    run = short_run(None, args, META, script=script)
-    assert run.updates == 5 and run.pretraining_updates == 1 and run.buffer.step > run.buffer.capacity
+    run = short_run(None, args, META, script=script, steps=3)
+    assert run.updates == 2 and run.pretraining_updates == 1 and run.buffer.step > run.buffer.capacity
     assert all(x.device == META for x in run.model.state_dict().values())
 
 

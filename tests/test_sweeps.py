@@ -399,7 +399,7 @@ def test_the_interpreter(lab):
     """`python`, else `python3`; without one, or with one that lacks the packages, the message says what helps."""
     tools = lab.cwd / "tools"
     tools.mkdir()
-    for name in "bash basename dirname mkdir nproc sed sleep tail".split():
+    for name in "bash basename dirname grep mkdir nproc sed sleep tail wc".split():
         (tools / name).symlink_to(shutil.which(name))
     bare = {"PYTHON": None, "PATH": tools}
     check_message(lab.run("2d", *SHORT, **bare), OTHER_MESSAGES["python"])
