@@ -96,6 +96,11 @@ def stack_expert(expert):
     return torch.stack([x for mean_and_std in zip(means, stds) for x in mean_and_std], -2)
 
 
+def pytest_collection_modifyitems(items):
+    """Start the longest test first, so that the others are not finished long before it."""
+    items.sort(key=lambda item: "test_compiled_functions_match_eager[cpu]" not in item.name)
+
+
 @pytest.fixture
 def double():
     """Use double precision, so that results can be compared with the oracle's to many digits."""
