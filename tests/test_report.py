@@ -744,6 +744,21 @@ def test_results_readme_has_the_returns_of_the_authors_code():
         assert "{}, {}, {} and {} with ".format(*values) + algorithm in text
 
 
+def test_results_readme_has_the_newer_runs_of_the_small_baseline():
+    finals = {}
+    for run in [*exported("baseline"), *exported("tdmpc2")]:
+        if run.task == "cartpole-swingup" and run.done:
+            commit = "new" if run.versions["git_commit"].startswith("9a8cee5") else "old"
+            finals.setdefault((run.configuration, commit), []).append(comparison.final_return(run.curve()))
+    new, old = (np.array(finals["baseline", commit]) for commit in ("new", "old"))
+    one = comparison.welch(new, old)
+    assert len(new) == len(old) == 3
+    numbers = "{:.1f}, {:.1f} and {:.1f}"
+    text = f"{numbers} with the planner, those of the table {numbers}: a difference of {{}}, p {{:.2g}} "
+    assert text.format(*new, *old, one, one.p) in results_readme() and one.p > 0.05
+    assert min(finals["tdmpc2", "new"]) > max(*new, *old)  # "above all six"
+
+
 def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
     runs = exported("ablations")
     twin, base = of(runs, comparison.REPEATED_BASELINE), of(runs, "baseline")
