@@ -167,13 +167,13 @@ class Args:
     evaluate: Resumable[str] = ""
     """RUN_DIR: evaluate the agent of this run, print mean and range of its returns, and exit"""
     preset: Literal["full", "small"] = "full"
-    """small: smaller networks and a shorter run, which learns an easy task on a CPU in 15 to 40 minutes. It sets
-    the widths of all layers, whatever --model-size is (--help shows the defaults of full)"""
+    """small: smaller networks and a shorter run, which learns an easy task on a CPU in 15 to 40 minutes. It sets the
+    widths of all layers, whatever --model-size is (--help shows the defaults of full)"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
-    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or the id of a Gymnasium environment with
-    bounded float actions"""
+    """a dm_control task (dog-run, cup-catch, dm_control/dog-run-v0), or the id of a Gymnasium environment with bounded
+    float actions"""
     env_kwargs: str = "{}"
     """additional keyword arguments for gymnasium.make, as JSON: '{"env_name": "reach-v3"}'"""
     num_envs: PositiveInt = 4
@@ -325,8 +325,8 @@ class Args:
     """R: imagined rollouts per value target. Sweep 2d: does averaging their values reduce variance?"""
     imagine_initial_source: Literal["replay_rollout", "replay_true"] = "replay_rollout"
     """where the value heads are trained. replay_rollout: at the latent states that the model predicts along a window;
-    replay_true: at encoded observations. Despite its name, it does not by itself set where imagination
-    starts (see td_target_initial_source). Sweep 2e: which is better?"""
+    replay_true: at encoded observations. Despite its name, it does not by itself set where imagination starts (see
+    td_target_initial_source). Sweep 2e: which is better?"""
     td_target_initial_source: Literal["replay_true", "same"] = "replay_true"
     """where the imagined rollouts of the value targets start. replay_true: at encoded observations (BMPC); same: at the
     states that imagine_initial_source selects. Part of sweep 2e"""
@@ -1988,9 +1988,9 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-    delete_incomplete_libraries()
     try:
         with warnings.catch_warnings(action="ignore"), announce("looking for a compiler"):  # about torch's internals
+            delete_incomplete_libraries()
             compile_fn(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as e:
         print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)

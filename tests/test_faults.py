@@ -431,7 +431,14 @@ def test_what_a_killed_compilation_left_is_deleted(tmp_path, monkeypatch):
     for name, path in paths.items():
         path.write_bytes(contents[name])
         os.utime(path, (time.time(), time.time() - (0 if name == "young" else 100)))
-    monkeypatch.setattr(time, "sleep", lambda _: paths["young"].write_bytes(b"\x7fELF..."))
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        assert len(waits) < 10, "waits forever"
+        paths["young"].write_bytes(contents["complete"])
+
+    monkeypatch.setattr(time, "sleep", sleep)
     bmpc.delete_incomplete_libraries()
     assert [name for name, path in paths.items() if path.exists()] == ["complete", "young"]
 

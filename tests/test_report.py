@@ -785,8 +785,7 @@ def test_results_readme_has_the_answer_of_dog_run():
     low, estimate, high = sorted(abs(differences[0].percent(value)) for value in differences[0].interval)
     lower = f"{estimate:.1f} % lower than BMPC's, with a 95 % interval of [{low:.1f}, {high:.1f}]"
     assert lower in results_readme() and differences[0].verdict == "worse"
-    readme = README
-    assert f"is {estimate:.0f} % [{low:.0f}, {high:.0f}] lower" in readme
+    assert f"is {estimate:.0f} % [{low:.0f}, {high:.0f}] lower" in README
     areas = [comparison.measured(runs, *comparison.MEASURES[comparison.PRIMARY]) for runs in (baseline, own)]
     assert f"{100 * areas[0].std(ddof=1) / areas[0].mean():.1f} % of their mean" in results_readme()
     assert areas[0].min() > areas[1].max()  # "each seed of BMPC has a larger area"
@@ -797,7 +796,7 @@ def test_results_readme_has_the_answer_of_dog_run():
         if (row["algorithm"], row["task"], row["agent"], row["global_step"]) == ("BMPC", "dog-run", "planner", "20000")
     )
     levels = f"their one seed has {theirs:.0f} after 20 000 steps, our eight {means[0][3]:.0f}."
-    assert levels in re.sub(r"\s+", " ", readme)
+    assert levels in re.sub(r"\s+", " ", README)
     runs, notes = comparison.over_axis(exported("dog_run_25k"), "seconds")
     assert notes[0].endswith("compared from 1,423 to 2,446 seconds.") and "from 1 423 s to 2 446 s" in results_readme()
     (group,) = comparison.group_runs(runs)["0_dog_run_25k"]
