@@ -129,7 +129,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"  # marks such an argument; all others must be the same
+RESUMABLE = "may change when a run is resumed"  # marks an argument; those without this mark must stay the same
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -212,8 +212,8 @@ class Args:
     total_timesteps: Resumable[Annotated[PositiveInt, tyro.conf.arg(aliases=["--steps"])]] = 200_000
     """decisions of the whole run, summed over environments (env_steps = decisions x action_repeat)"""
     learning_starts: PositiveInt = 2_500
-    """decisions of the warm-up, with random actions; as many pretraining updates of world model and value heads follow
-    (JAX: 10 000)"""
+    """decisions of the warm-up, with random actions (JAX: 10 000). As many pretraining updates of world model and value
+    heads follow"""
     utd_ratio: PositiveFloat = 1.0
     """updates per decision; 0.5 is one update every two decisions. Sweep 2a: do more updates per decision speed up
     learning?"""
@@ -300,7 +300,8 @@ class Args:
 
     # --- expert
     reanalyze_interval: NonNegativeInt = 10
-    """reanalyze once in this many updates; 0: never"""
+    """reanalyze once in this many updates; 0: never, so that the policy keeps imitating the placeholder expert of the
+    warm-up, N(0, 1)"""
     reanalyze_batch_size: PositiveInt = 20
     """windows per call of reanalyze; it plans again for all T states of each"""
     reanalyze_horizon: PositiveInt | None = None
@@ -338,7 +339,8 @@ class Args:
     observation, whose mean starts from zeros instead of the previous plan. Sweep 2c: which is the better initial
     target?"""
     num_rollouts: PositiveInt = 1
-    """R: imagined rollouts per value target. Sweep 2d: does averaging their values reduce variance?"""
+    """R: imagined rollouts per value target; the value loss is the mean of their losses. Sweep 2d: does this reduce its
+    variance?"""
     imagine_initial_source: Literal["replay_rollout", "replay_true"] = "replay_rollout"
     """where the value heads are trained. replay_rollout: at the latent states that the model predicts along a window;
     replay_true: at encoded observations. Despite its name, it does not by itself set where imagination starts (see
@@ -384,11 +386,11 @@ class Args:
     policy imitates: below 0, it is pessimistic; at 0, it is neutral. Evaluation uses planner_value_std_coef_eval"""
 
 
-# The next two functions are the parts of resolve_args and check_args (below) in which the scripts differ
+# The next two functions are the parts of resolve_args and check_args (in the plumbing) that depend on the algorithm
 
 
 def resolve_algorithm_args(args: Args) -> Args:
-    """Fill in each argument that is None and that other arguments determine."""
+    """Replace each None by the value that other arguments determine."""
     defaults = dict(zip(MODEL_SIZE_FIELDS, MODEL_SIZES[args.model_size], strict=True)) | {
         "reanalyze_horizon": args.horizon,
         "reanalyze_log_std_min": args.log_std_min,
@@ -402,7 +404,7 @@ def check_algorithm_args(args: Args) -> Iterable[tuple[bool, str]]:
     low, high = args.reanalyze_log_std_min, args.reanalyze_log_std_max
     yield low <= high, f"--reanalyze-log-std-min is {low}, above --reanalyze-log-std-max {high}"
     yield (
-        args.reanalyze_batch_size <= args.batch_size,
+        args.reanalyze_interval == 0 or args.reanalyze_batch_size <= args.batch_size,
         f"--reanalyze-batch-size is {args.reanalyze_batch_size}, above --batch-size {args.batch_size}",
     )
     yield (  # [V9]
@@ -481,8 +483,8 @@ def simnorm(x: Tensor, group_size: int) -> Tensor:
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 #
-# Every network is a stack of `heads` independent networks of the same shape; most are stacks of one. An input has the
-# shape (heads, ..., in), or (1, ..., in) if all heads share it; a stack of one head accepts any leading dimensions.
+# Every network is an ensemble of `num_heads` independent networks of the same shape; most ensembles have one. An input
+# has the shape (heads, ..., in), or (1, ..., in) if all heads share it. With one head, any leading dimensions will do.
 
 
 def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -494,13 +496,13 @@ def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A stack of linear layers. Weights are initialized from a truncated normal with std 0.02, biases with 0."""
+    """An ensemble of linear layers. Weights are initialized from a truncated normal with std 0.02, biases with 0."""
 
-    def __init__(self, heads: int, in_dim: int, out_dim: int, generator: torch.Generator):
+    def __init__(self, num_heads: int, in_dim: int, out_dim: int, generator: torch.Generator):
         super().__init__()
-        weight = torch.empty(heads, in_dim, out_dim)
+        weight = torch.empty(num_heads, in_dim, out_dim)
         self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=0.02, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(heads, out_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, out_dim))
 
     def forward(self, x: Tensor, a: Tensor | None = None, heads: slice | Tensor = slice(None)) -> Tensor:
         """Apply the layer to x, or to the concatenation [x, a].
@@ -524,15 +526,20 @@ def broadcast_heads(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 class NormedLinear(Linear):
-    """A stack of linear layers, each followed by dropout (optional), LayerNorm and an activation (TD-MPC2)."""
+    """An ensemble of linear layers with dropout (optional), LayerNorm and an activation (TD-MPC2)."""
 
     def __init__(
-        self, heads: int, in_dim: int, out_dim: int, generator: torch.Generator, activation: Callable[[Tensor], Tensor]
+        self,
+        num_heads: int,
+        in_dim: int,
+        out_dim: int,
+        generator: torch.Generator,
+        activation: Callable[[Tensor], Tensor],
     ):
-        super().__init__(heads, in_dim, out_dim, generator)
+        super().__init__(num_heads, in_dim, out_dim, generator)
         self.activation = activation
-        self.ln_weight = nn.Parameter(torch.ones(heads, out_dim))
-        self.ln_bias = nn.Parameter(torch.zeros(heads, out_dim))
+        self.ln_weight = nn.Parameter(torch.ones(num_heads, out_dim))
+        self.ln_bias = nn.Parameter(torch.zeros(num_heads, out_dim))
 
     def forward(
         self,
@@ -550,22 +557,22 @@ class NormedLinear(Linear):
 
 
 class MLP(nn.Module):
-    """A stack of MLPs: NormedLinear layers with Mish, then a Linear layer, or NormedLinear with output_activation."""
+    """An ensemble of MLPs: NormedLinear layers with Mish, then a Linear layer or one with output_activation."""
 
     def __init__(
         self,
         dims: list[int],
         generator: torch.Generator,
-        heads: int = 1,
+        num_heads: int = 1,
         output_activation: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        *hidden_dims, (last_in, last_out) = zip(dims, dims[1:], strict=False)
-        self.layers = nn.ModuleList(NormedLinear(heads, i, o, generator, mish) for i, o in hidden_dims)
+        *hidden_shapes, (last_in, last_out) = itertools.pairwise(dims)
+        self.layers = nn.ModuleList(NormedLinear(num_heads, i, o, generator, mish) for i, o in hidden_shapes)
         if output_activation is None:
-            self.layers.append(Linear(heads, last_in, last_out, generator))
+            self.layers.append(Linear(num_heads, last_in, last_out, generator))
         else:
-            self.layers.append(NormedLinear(heads, last_in, last_out, generator, output_activation))
+            self.layers.append(NormedLinear(num_heads, last_in, last_out, generator, output_activation))
 
     def forward(self, x: Tensor, a: Tensor | None = None, dropout_mask: Tensor | None = None) -> Tensor:
         """Apply all heads to x, or to [x, a]: (heads, ..., out). Dropout acts on the first layer.
@@ -574,15 +581,17 @@ class MLP(nn.Module):
         """
         heads = len(self.layers[0].weight)
         if heads == 1 or x.device.type != "cpu":
-            return self.forward_heads(x, a, dropout_mask, slice(None))
+            return self.forward_heads(x, a, slice(None), dropout_mask)
         select = lambda y, head: y if y is None or len(y) == 1 else y[head]
         outputs = []
         for h in range(heads):
             head = slice(h, h + 1)
-            outputs.append(self.forward_heads(select(x, head), select(a, head), select(dropout_mask, head), head))
+            outputs.append(self.forward_heads(select(x, head), select(a, head), head, select(dropout_mask, head)))
         return torch.cat(outputs)
 
-    def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice | Tensor) -> Tensor:
+    def forward_heads(
+        self, x: Tensor, a: Tensor | None, heads: slice | Tensor, dropout_mask: Tensor | None = None
+    ) -> Tensor:
         """Apply some of the heads at once, given by a slice or (in tdmpc2.py) by their indices."""
         first, *others = self.layers
         x = first(x, a, heads, dropout_mask)
@@ -592,7 +601,9 @@ class MLP(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """All networks: encoder, latent dynamics, reward, value heads, policy, and the moving averages of the last two.
+    """All networks: encoder, latent dynamics, reward, value heads, policy, and moving averages (EMA) of the last two.
+
+    The termination network and the moving average of the policy exist only if a flag needs them.
 
     With two policies also the optimistic one, and its moving average. [V10]
 
@@ -611,11 +622,11 @@ class WorldModel(nn.Module):
         self.dynamics = MLP(
             [state_action_dim, *hidden, args.latent_dim],
             generator,
-            heads=args.planner_num_dynamics_heads,  # [V2]
+            num_heads=args.planner_num_dynamics_heads,  # [V2]
             output_activation=latent_activation,
         )
         self.reward = MLP([state_action_dim, *hidden, args.num_bins], generator)
-        self.value = MLP([args.latent_dim, *hidden, args.num_bins], generator, heads=args.num_q)
+        self.value = MLP([args.latent_dim, *hidden, args.num_bins], generator, num_heads=args.num_q)
         for network in (self.reward, self.value):
             nn.init.zeros_(network.layers[-1].weight)
         self.policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], generator)
@@ -662,9 +673,8 @@ def rollout_return(
     """Roll the model out from z and predict the return, in two parts. Both the planner and the TD target use it.
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
-    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). If there is
-    only one step and z is shared, the rewards are (1, ...). After a predicted termination (probability above 0.5), all
-    terms are 0.
+    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). A single step
+    from one z for all H heads has rewards (1, ...). After a predicted termination (probability above 0.5), all is 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -721,14 +731,14 @@ def sample_plan_noise(
 
 
 def candidate_scores(rewards: Tensor, values: Tensor, std_coef: float) -> tuple[Tensor, Tensor]:  # [V4]
-    """Compute scores of candidates and the std of their returns over heads: (H, S, N), (Q, H, S, N) -> (S, N) each.
+    """Compute scores of candidates and the std of their returns over heads: (H, S, n), (Q, H, S, n) -> (S, n) each.
 
     The score is the mean of the H x Q predicted returns, plus std_coef times their std. Non-finite scores become -1e9,
     non-finite stds become 0. [V4]
     """
     scores = rewards.mean(0) + values.mean((0, 1))
-    returns = rewards + values  # (Q, H, S, N) [V4]
-    std = (returns - returns.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, N) [V4]
+    returns = rewards + values  # (Q, H, S, n) [V4]
+    std = (returns - returns.mean((0, 1))).square().mean((0, 1)).sqrt()  # (S, n) [V4]
     if std_coef != 0:  # [V4] 0 x std is NaN if the std is infinite
         scores = scores + std_coef * std
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9), std.nan_to_num(0.0, 0.0, 0.0)  # [V4]
@@ -896,8 +906,10 @@ def split_experts(joined: Expert) -> tuple[Expert, Expert]:  # [V11]
 
 
 def make_expert(planned: Plan, chosen_action: Tensor, args: Args) -> Expert:
-    """Make the experts of S plans. Their means are chosen_action (S, A), or with --no-reanalyze-use-chosen-action the
-    first steps of the plans' means.
+    """Make the experts (S, A) of S plans.
+
+    Their mean is chosen_action (S, A), or with --no-reanalyze-use-chosen-action the first step of the plan's mean.
+    Their std is that of the plan.
     """
     mean = chosen_action if args.reanalyze_use_chosen_action else planned.mean[:, 0]
     return Expert(mean, planned.std)
@@ -919,7 +931,7 @@ class Batch(NamedTuple):
 
 
 class UpdateNoise(NamedTuple):
-    """All random numbers of an update, except those of reanalyze. They are inputs, like those of a plan."""
+    """All random numbers of an update, except those of reanalyze. They are passed in, like those of a plan."""
 
     td: Tensor  # (H or 1, R, td_horizon, T, B, A) [V5] standard normal, for the policy in the value targets
     dropout_keep: Tensor  # (Q, T, B, mlp_dim) 0 where an element is dropped, else 1
@@ -945,6 +957,7 @@ def td_target(model: WorldModel, policy: nn.Module, z: Tensor, eps: Tensor, args
     """Compute value targets in imagination with the policy (BMPC: model-based TD-learning).
 
     y = sum over k < td_horizon of gamma^k r_k, plus gamma^td_horizon times the mean of the target value heads.
+    With --episodic, terms after a predicted termination are 0.
     z: (T, B, L); eps: (H or 1, R, td_horizon, T, B, A) [V5]. Returns (1, R, T, B): one target for all value heads, the
     mean over dynamics heads. With local_td_bootstrap, returns (Q, R, T, B): one target per value head, which uses the
     target head with the same index instead of their mean [V6].
@@ -975,8 +988,8 @@ def world_model_loss(
     """
     weights = rho_weights(args, batch.reward)  # (T,)
 
-    # Encode all observations. The first encoding starts the rollout; the others are the targets of its states. By
-    # default, the first T are also the states from which value targets are imagined
+    # Encode all T+1 observations. The rollout starts at encoding 0; encodings 1 to T are its targets. By default, value
+    # targets are imagined from encodings 0 to T-1
     z_0 = model.encoder(batch.obs[0])  # (B, L)
     true_z_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
     with torch.set_grad_enabled(true_z_needs_grad and torch.is_grad_enabled()):
@@ -1029,7 +1042,7 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Compute the new running scale of the policy loss (TD-MPC2).
+    """Compute the new running scale of the policy loss (TD-MPC2, where the step size is that of the target values).
 
     x (B,): the KL, or in tdmpc2.py Q-values, at the first step of each window. The scale is an exponential moving
     average, with step size 0.01, of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1.
@@ -1249,8 +1262,9 @@ class ReplayBuffer:
     def replace_experts(self, index: Tensor, expert: Expert) -> None:
         """Replace the experts of the rows at index (n,). If a row occurs several times, its last expert is kept.
 
-        With --no-torch-deterministic, any of them is.
+        With --no-torch-deterministic, such a row may get numbers from several of them.
         """
+        # Whole rows are copied: on CUDA, deterministic writing to some columns would copy the whole buffer
         all_rows = self.rows.flatten(0, 1)
         rows = all_rows[index]
         for column, new in zip(self.split_rows(rows).expert, expert, strict=True):
@@ -1419,9 +1433,9 @@ class Run:
         self.prev_mean = torch.zeros(E, args.horizon, A, device=device)  # the next plans start from it
         self.episode = torch.zeros(E, dtype=torch.int64)  # number of the episode
         self.episode_return = torch.zeros(E, dtype=torch.float64)
-        self.finished_episodes: list[FinishedEpisode] = []  # of the last step
+        self.finished_episodes: list[FinishedEpisode] = []  # those that ended with the last step
         self.env_errors = 0  # episodes that were truncated because the simulator failed
-        self.env_errors_in_a_row = 0  # consecutive finished episodes that failed
+        self.env_errors_in_a_row = 0  # such episodes in a row, up to the most recent episode
 
     def make_generator(self, purpose: str) -> torch.Generator:
         """Make a generator, seeded from the seed of the run, the purpose and the counters.

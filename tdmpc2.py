@@ -1,9 +1,10 @@
 """TD-MPC2: the algorithm that BMPC extends (Hansen et al., ICLR 2024, https://arxiv.org/abs/2310.16828).
 
 A world model predicts rewards and latent states. A planner (MPPI) optimizes action sequences in latent space and
-selects every training action after a random start. The value function is learned from stored transitions, and the
-policy maximizes it. Both guide the planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes. Marks in the code show
-the differences; where only bmpc.py has something, a comment names it, such as "[T1] BMPC: td_horizon". The marks:
+selects every training action after a warm-up with random actions. The value function is learned from stored
+transitions, and the policy maximizes it. Both guide the planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes.
+Marks in the code show the differences; where only bmpc.py has something, a comment names it, such as "[T1] BMPC:
+td_horizon". The marks:
 
     [T1] Flags: TD-MPC2's hyperparameters, but four environments. BMPC changes some of them, and adds flags for its
          expert and its ablations.
@@ -112,7 +113,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"  # marks such an argument; all others must be the same
+RESUMABLE = "may change when a run is resumed"  # marks an argument; those without this mark must stay the same
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -195,7 +196,7 @@ class Args:
     total_timesteps: Resumable[Annotated[PositiveInt, tyro.conf.arg(aliases=["--steps"])]] = 200_000
     """decisions of the whole run, summed over environments (env_steps = decisions x action_repeat)"""
     learning_starts: PositiveInt = 2_500
-    """decisions of the warm-up, with random actions; as many pretraining updates follow"""  # [T1]
+    """decisions of the warm-up, with random actions. As many pretraining updates follow"""  # [T1]
     utd_ratio: PositiveFloat = 1.0
     """updates per decision; 0.5 is one update every two decisions. Sweep 2a: do more updates per decision speed up
     learning?"""
@@ -296,11 +297,11 @@ class Args:
     # [T1] BMPC: flags of an EMA of the policy
 
 
-# The next two functions are the parts of resolve_args and check_args (below) in which the scripts differ
+# The next two functions are the parts of resolve_args and check_args (in the plumbing) that depend on the algorithm
 
 
 def resolve_algorithm_args(args: Args) -> Args:
-    """Fill in each argument that is None and that other arguments determine."""
+    """Replace each None by the value that other arguments determine."""
     defaults = dict(zip(MODEL_SIZE_FIELDS, MODEL_SIZES[args.model_size], strict=True))  # [T1]
     return dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
 
@@ -374,8 +375,8 @@ def simnorm(x: Tensor, group_size: int) -> Tensor:
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 #
-# Every network is a stack of `heads` independent networks of the same shape; most are stacks of one. An input has the
-# shape (heads, ..., in), or (1, ..., in) if all heads share it; a stack of one head accepts any leading dimensions.
+# Every network is an ensemble of `num_heads` independent networks of the same shape; most ensembles have one. An input
+# has the shape (heads, ..., in), or (1, ..., in) if all heads share it. With one head, any leading dimensions will do.
 
 
 def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -387,13 +388,13 @@ def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A stack of linear layers. Weights are initialized from a truncated normal with std 0.02, biases with 0."""
+    """An ensemble of linear layers. Weights are initialized from a truncated normal with std 0.02, biases with 0."""
 
-    def __init__(self, heads: int, in_dim: int, out_dim: int, generator: torch.Generator):
+    def __init__(self, num_heads: int, in_dim: int, out_dim: int, generator: torch.Generator):
         super().__init__()
-        weight = torch.empty(heads, in_dim, out_dim)
+        weight = torch.empty(num_heads, in_dim, out_dim)
         self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=0.02, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(heads, out_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, out_dim))
 
     def forward(self, x: Tensor, a: Tensor | None = None, heads: slice | Tensor = slice(None)) -> Tensor:
         """Apply the layer to x, or to the concatenation [x, a].
@@ -417,15 +418,20 @@ def broadcast_heads(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 class NormedLinear(Linear):
-    """A stack of linear layers, each followed by dropout (optional), LayerNorm and an activation (TD-MPC2)."""
+    """An ensemble of linear layers with dropout (optional), LayerNorm and an activation (TD-MPC2)."""
 
     def __init__(
-        self, heads: int, in_dim: int, out_dim: int, generator: torch.Generator, activation: Callable[[Tensor], Tensor]
+        self,
+        num_heads: int,
+        in_dim: int,
+        out_dim: int,
+        generator: torch.Generator,
+        activation: Callable[[Tensor], Tensor],
     ):
-        super().__init__(heads, in_dim, out_dim, generator)
+        super().__init__(num_heads, in_dim, out_dim, generator)
         self.activation = activation
-        self.ln_weight = nn.Parameter(torch.ones(heads, out_dim))
-        self.ln_bias = nn.Parameter(torch.zeros(heads, out_dim))
+        self.ln_weight = nn.Parameter(torch.ones(num_heads, out_dim))
+        self.ln_bias = nn.Parameter(torch.zeros(num_heads, out_dim))
 
     def forward(
         self,
@@ -443,22 +449,22 @@ class NormedLinear(Linear):
 
 
 class MLP(nn.Module):
-    """A stack of MLPs: NormedLinear layers with Mish, then a Linear layer, or NormedLinear with output_activation."""
+    """An ensemble of MLPs: NormedLinear layers with Mish, then a Linear layer or one with output_activation."""
 
     def __init__(
         self,
         dims: list[int],
         generator: torch.Generator,
-        heads: int = 1,
+        num_heads: int = 1,
         output_activation: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        *hidden_dims, (last_in, last_out) = zip(dims, dims[1:], strict=False)
-        self.layers = nn.ModuleList(NormedLinear(heads, i, o, generator, mish) for i, o in hidden_dims)
+        *hidden_shapes, (last_in, last_out) = itertools.pairwise(dims)
+        self.layers = nn.ModuleList(NormedLinear(num_heads, i, o, generator, mish) for i, o in hidden_shapes)
         if output_activation is None:
-            self.layers.append(Linear(heads, last_in, last_out, generator))
+            self.layers.append(Linear(num_heads, last_in, last_out, generator))
         else:
-            self.layers.append(NormedLinear(heads, last_in, last_out, generator, output_activation))
+            self.layers.append(NormedLinear(num_heads, last_in, last_out, generator, output_activation))
 
     def forward(self, x: Tensor, a: Tensor | None = None, dropout_mask: Tensor | None = None) -> Tensor:
         """Apply all heads to x, or to [x, a]: (heads, ..., out). Dropout acts on the first layer.
@@ -467,15 +473,17 @@ class MLP(nn.Module):
         """
         heads = len(self.layers[0].weight)
         if heads == 1 or x.device.type != "cpu":
-            return self.forward_heads(x, a, dropout_mask, slice(None))
+            return self.forward_heads(x, a, slice(None), dropout_mask)
         select = lambda y, head: y if y is None or len(y) == 1 else y[head]
         outputs = []
         for h in range(heads):
             head = slice(h, h + 1)
-            outputs.append(self.forward_heads(select(x, head), select(a, head), select(dropout_mask, head), head))
+            outputs.append(self.forward_heads(select(x, head), select(a, head), head, select(dropout_mask, head)))
         return torch.cat(outputs)
 
-    def forward_heads(self, x: Tensor, a: Tensor | None, dropout_mask: Tensor | None, heads: slice | Tensor) -> Tensor:
+    def forward_heads(
+        self, x: Tensor, a: Tensor | None, heads: slice | Tensor, dropout_mask: Tensor | None = None
+    ) -> Tensor:
         """Apply some of the heads at once, given by a slice or (in tdmpc2.py) by their indices."""
         first, *others = self.layers
         x = first(x, a, heads, dropout_mask)
@@ -485,7 +493,9 @@ class MLP(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """All networks: encoder, latent dynamics, reward, value heads and their moving averages, policy. [T2]
+    """All networks: encoder, latent dynamics, reward, value heads and their moving averages (EMA), policy. [T2]
+
+    The termination network exists only if a flag needs it. [T2]
 
     encoder (..., O) -> (..., L)                      dynamics (H or 1, ..., L), (H or 1, ..., A) -> (H, ..., L)
     reward (..., L), (..., A) -> (..., K) logits      value (1, ..., L), (1, ..., A) -> (Q, ..., K) logits [T3]
@@ -505,7 +515,7 @@ class WorldModel(nn.Module):
             output_activation=latent_activation,
         )
         self.reward = MLP([state_action_dim, *hidden, args.num_bins], generator)
-        self.value = MLP([state_action_dim, *hidden, args.num_bins], generator, heads=args.num_q)  # [T3]
+        self.value = MLP([state_action_dim, *hidden, args.num_bins], generator, num_heads=args.num_q)  # [T3]
         for network in (self.reward, self.value):
             nn.init.zeros_(network.layers[-1].weight)
         self.policy = MLP([args.latent_dim, *hidden, 2 * task.action_dim], generator)
@@ -535,7 +545,7 @@ def sample_heads(args: Args, generator: torch.Generator) -> Tensor:
 
 def q_values(value: MLP, z: Tensor, a: Tensor, heads: Tensor, args: Args) -> Tensor:
     """Compute the Q-values of some value heads: z (..., L), a (..., A), heads (2,) -> (2, ...). [T3]"""
-    return two_hot_inv(value.forward_heads(z[None], a[None], None, heads), args)
+    return two_hot_inv(value.forward_heads(z[None], a[None], heads), args)
 
 
 def rollout_return(
@@ -605,7 +615,7 @@ def sample_plan_noise(
 
 
 def candidate_scores(rewards: Tensor, values: Tensor) -> Tensor:
-    """Average predicted returns over heads: (H, S, N), (2, H, S, N) -> (S, N). Non-finite scores: -1e9."""  # [T3]
+    """Average predicted returns over heads: (H, S, n), (2, H, S, n) -> (S, n). Non-finite scores: -1e9."""  # [T3]
     scores = rewards.mean(0) + values.mean((0, 1))
     return scores.nan_to_num(nan=-1e9, posinf=-1e9, neginf=-1e9)
 
@@ -805,7 +815,7 @@ def world_model_loss(
     """
     weights = rho_weights(args, batch.reward)  # (T,)
 
-    # Encode all observations. The first encoding starts the rollout; the others are the targets of its states [T6]
+    # Encode all T+1 observations. The rollout starts at encoding 0; encodings 1 to T are its targets [T6]
     z_0 = model.encoder(batch.obs[0])  # (B, L)
     true_z_needs_grad = args.encoder_consistency_coef > 0  # [T6]
     with torch.set_grad_enabled(true_z_needs_grad and torch.is_grad_enabled()):
@@ -852,7 +862,7 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Compute the new running scale of the policy loss (TD-MPC2).
+    """Compute the new running scale of the policy loss (TD-MPC2, where the step size is that of the target values).
 
     x (B,): the KL, or in tdmpc2.py Q-values, at the first step of each window. The scale is an exponential moving
     average, with step size 0.01, of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1.
@@ -1128,9 +1138,9 @@ class Run:
         self.prev_mean = torch.zeros(E, args.horizon, A, device=device)  # the next plans start from it
         self.episode = torch.zeros(E, dtype=torch.int64)  # number of the episode
         self.episode_return = torch.zeros(E, dtype=torch.float64)
-        self.finished_episodes: list[FinishedEpisode] = []  # of the last step
+        self.finished_episodes: list[FinishedEpisode] = []  # those that ended with the last step
         self.env_errors = 0  # episodes that were truncated because the simulator failed
-        self.env_errors_in_a_row = 0  # consecutive finished episodes that failed
+        self.env_errors_in_a_row = 0  # such episodes in a row, up to the most recent episode
 
     def make_generator(self, purpose: str) -> torch.Generator:
         """Make a generator, seeded from the seed of the run, the purpose and the counters.

@@ -207,6 +207,13 @@ def test_model_size_sets_missing_sizes(register_env):
     assert bmpc.MODEL_SIZES == SIZES
 
 
+def test_without_reanalyze_its_batch_size_does_not_matter(register_env):
+    too_large = dict(env_id=register_env(100), reanalyze_batch_size=13, batch_size=12)
+    with pytest.raises(bmpc.UsageError, match="--reanalyze-batch-size is 13, above --batch-size 12"):
+        bmpc.resolve_args(small_args(**too_large))
+    bmpc.resolve_args(small_args(**too_large, reanalyze_interval=0))
+
+
 # --- unsupported tasks (test_fuzz.py tests other errors)
 
 UNSUPPORTED = {  # arguments of register_env, a part of the error message

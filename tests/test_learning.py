@@ -65,7 +65,7 @@ def test_compiled_mish_has_the_value_and_gradient_of_mish(monkeypatch):
 def test_heads_one_by_one_and_at_once_match_the_oracle(double, shared):
     """Outputs and gradients are equal, also where the leading dimensions of x and a only broadcast."""
     simnorm = functools.partial(bmpc.simnorm, group_size=4)
-    net = bmpc.MLP([7, 16, 16, 8], generator(), heads=3, output_activation=simnorm)
+    net = bmpc.MLP([7, 16, 16, 8], generator(), num_heads=3, output_activation=simnorm)
     x = torch.randn(1 if shared else 3, 4, 1, 5)
     a = torch.randn(1, 4, 6, 2)
     mask = torch.rand(3, 4, 6, 16)
@@ -74,7 +74,7 @@ def test_heads_one_by_one_and_at_once_match_the_oracle(double, shared):
     joined = torch.cat([x.expand(3, 4, 6, 5), a.expand(3, 4, 6, 2)], -1)
     expected = torch.stack([oracle.network(net, h, joined[h], mask[h]) for h in range(3)])
     grads = lambda y: torch.autograd.grad((y * weights).sum(), leaves, retain_graph=True)
-    for y in (net(x, a, mask), net.forward_heads(x, a, mask, slice(None))):  # the second computes all at once
+    for y in (net(x, a, mask), net.forward_heads(x, a, slice(None), mask)):  # the second computes all at once
         torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
         for actual_grad, expected_grad in zip(grads(y), grads(expected), strict=True):
             torch.testing.assert_close(actual_grad, expected_grad, atol=1e-10, rtol=1e-10)
