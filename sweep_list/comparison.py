@@ -170,7 +170,7 @@ class Difference:
 
     @property
     def of_learned(self) -> str:
-        """Return the difference in % of what the baseline learned: its area above its first evaluation."""
+        """Return the difference in % of the baseline's area above its first evaluation."""
         unit = self.learned / 100 if self.learned > 0 else math.nan
         return with_interval(*(value / unit for value in self.interval))
 

@@ -147,8 +147,8 @@ def answer(group: Group) -> list[str]:
     for configuration, difference in group.differences[PRIMARY].items():
         lines.append(
             f"- `{configuration}`: **{difference.verdict}**, {difference}, p {difference.p:.2g}; in % of the baseline's"
-            f" area {difference.of_area}, of what it learned {difference.of_learned}; simultaneous interval"
-            " [{:+.1f}, {:+.1f}]".format(*difference.simultaneous)
+            f" area {difference.of_area}, of its area above its first evaluation {difference.of_learned};"
+            " simultaneous interval [{:+.1f}, {:+.1f}]".format(*difference.simultaneous)
         )
     return ["\n".join(lines) or "**not enough data**: an interval needs two seeds a side with values on this axis."]
 
@@ -171,7 +171,7 @@ def repetition_check(group: Group) -> list[str]:
 
 def summary(groups: list[Group]) -> str:
     """Return a table with a row for each question: the answers, and the configuration with the highest estimate."""
-    header = ["question", "answer", "highest estimate", "difference, % of area", "% of what is learned", "seeds"]
+    header = ["question", "answer", "highest estimate", "difference, % of area", "% above first evaluation", "seeds"]
     rows = [header, ["---"] * len(header)]
     for group in groups:
         differences = group.differences[PRIMARY]
@@ -270,6 +270,7 @@ def page(runs: list[Run], out: Path, axis: str = "decisions") -> str:
         count = sum(len(group.differences[PRIMARY]) for group in compared)
         text = f"p is corrected for {count} configuration{'s' * (count > 1)}."
         parts += ["## All configurations", text, summary(compared), f"![Forest plot](figures/{prefix}forest.png)"]
+    explanations = [HOW_TO_READ] + [ABOUT_COMPARISONS] * bool(compared)
     for sweep, groups in sweeps.items():
         parts.append(f"## {groups[0].question} ({sweep})")
         for group in groups:
@@ -278,33 +279,36 @@ def page(runs: list[Run], out: Path, axis: str = "decisions") -> str:
                 parts += [*repetition_check(group), table(group), *beside_published(group)]
             else:
                 parts.append(table(group))
-        parts += over_tasks(groups)
+        if aggregate := over_tasks(groups):
+            parts += aggregate
+            explanations.append(ABOUT_SEVERAL_TASKS)
         if panels := sweep_panels(groups):
             draw_sweep(panels, axis, out / "figures" / f"{prefix}{sweep}.png")
             parts.append(f"![Learning curves of {sweep}](figures/{prefix}{sweep}.png)")
-    return "\n\n".join([part for part in parts if part] + [NOTES])
+    return "\n\n".join([part for part in parts if part] + list(dict.fromkeys(explanations))) + "\n"
 
 
-NOTES = """\
+HOW_TO_READ = """\
 ## How to read this
 
-Forest plot: a dot is a seed, a diamond the estimate, a line its interval. Curves: evaluations, the mean over finished
-seeds in bold; shaded its 95 % t-interval, or, of up to five seeds, each as a thin line, as are unfinished ones. Area
-under a curve: divided by its length, so it is a mean return. Final return: mean of the last three evaluations. ± is
-half a 95 % t-interval. Decisions a second: the median of charts/SPS after the random warm-up; rough, since other work
-on the machine changes it.
+Curves: evaluations, the mean over finished seeds in bold; shaded its 95 % t-interval, or, of up to five seeds, each as
+a thin line, as are unfinished ones. Area under a curve: divided by its length, so it is a mean return. Final return:
+mean of the last three evaluations. ± is half a 95 % t-interval. Decisions a second: the median of charts/SPS after the
+random warm-up; rough, since other work on the machine changes it."""
 
-After the semicolon: the difference to the baseline, its 95 % interval and p by Welch's t-test. Where it is given in
-%, the unit is the observed mean of the baseline, whose own uncertainty is not included. p is corrected by Holm for
-all configurations of this page, each measure by itself. The area under the planner's curve decides: *better* or
-*worse* if p is at most 0.05, else *not resolved*; the interval says which differences remain possible. What is
-learned: the area above the first evaluation. The simultaneous interval is Dunnett's: in 95 % of experiments all of
-them contain their true differences at once, if all configurations have the same spread. Where it contains 0 although
-p is at most 0.05, the answer *depends on the test*.
+ABOUT_COMPARISONS = """\
+Forest plot: a dot is a seed, a diamond the estimate, a line its interval. After the semicolon: the difference to the
+baseline, its 95 % interval and p by Welch's t-test. Where it is given in %, the unit is the observed mean of the
+baseline, whose own uncertainty is not included: its area, or, as the first evaluation may owe nothing to learning, its
+area above that of its first evaluation. p is corrected by Holm for all configurations of this page, each measure by
+itself. The area under the planner's curve decides: *better* or *worse* if p is at most 0.05, else *not resolved*; the
+interval says which differences remain possible. The simultaneous interval is Dunnett's: in 95 % of experiments all of
+them contain their true differences at once, if all configurations have the same spread. Where it contains 0 although p
+is at most 0.05, the answer *depends on the test*."""
 
+ABOUT_SEVERAL_TASKS = """\
 IQM: interquartile mean over tasks and seeds. Probability of improvement: that a seed beats one of the baseline on the
-same task. Both as in Agarwal et al. (2021), with 95 % bootstrap intervals, seeds resampled within each task.
-"""
+same task. Both as in Agarwal et al. (2021), with 95 % bootstrap intervals, seeds resampled within each task."""
 
 
 def main() -> int:

@@ -686,6 +686,9 @@ def test_results_readme_has_the_numbers_of_the_plan_s_questions():
     low, high = one.simultaneous
     assert f"*depends on the test*: {percent(one)}. Welch's corrected p is {one.p:.2g};" in text
     assert f"contains 0 ({low:+.1f} to {high:+.1f} in return)" in text
+    test = scipy.stats.ttest_ind(one.values, one.base, equal_var=False)
+    low, high = test.confidence_interval(0.95 ** (1 / 22))
+    assert f"(Welch with Šidák's correction) does not ({low:+.1f} to {high:+.1f})" in text
     low, high = utd["utd_ratio_2"].simultaneous
     assert low > 0 and 1.9 < utd["utd_ratio_2"].values.std(ddof=1) / utd["utd_ratio_2"].base.std(ddof=1) < 2.1
     excluding = [one for one in answers()["2b"].differences[PRIMARY].values() if one.low > 0]
@@ -712,6 +715,10 @@ def test_both_readmes_say_what_equal_compute_gives():
     returns = "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end)
     for text in (results_readme().replace(" (interpolated between evaluations)", ""), README):
         assert f"{returns}, {lower}" in re.sub(r"\s+", " ", text)
+    runs, notes = comparison.over_axis(exported("3a_combined"), "updates")
+    combined = comparison.group_runs(runs)["0_3a_combined"][0].differences[PRIMARY]["combined"]
+    assert notes[0].endswith("from 1,000 to 10,000 updates.")
+    assert f"10 000 at most, it has learned less, too: {combined.of_area.replace(' ', ' % ', 1)} (" in results_readme()
 
 
 def test_both_readmes_say_how_wide_parity_is():
@@ -790,13 +797,28 @@ def test_results_readme_has_the_answer_of_dog_run():
     assert f"{100 * areas[0].std(ddof=1) / areas[0].mean():.1f} % of their mean" in results_readme()
     assert areas[0].min() > areas[1].max()  # "each seed of BMPC has a larger area"
     official = csv.DictReader((ROOT / "results/official_small.csv").open())
-    (theirs,) = (
-        float(row["return"])
-        for row in official
-        if (row["algorithm"], row["task"], row["agent"], row["global_step"]) == ("BMPC", "dog-run", "planner", "20000")
+    ours = np.array([run.curve()[:4, 1] for run in baseline])  # at 5 000, 10 000, 15 000 and 20 000
+    theirs = np.array(
+        [
+            float(row["return"])
+            for row in official
+            if (row["algorithm"], row["task"], row["agent"]) == ("BMPC", "dog-run", "planner")
+            and row["global_step"] != "0"
+        ]
     )
-    levels = f"their one seed has {theirs:.0f} after 20 000 steps, our eight {means[0][3]:.0f}."
-    assert levels in re.sub(r"\s+", " ", README)
+    levels = f"has {theirs[3]:.0f} after 20 000 steps, less than each of our eight (mean {means[0][3]:.0f})."
+    assert levels in re.sub(r"\s+", " ", README) and (theirs < ours.min(0)).all()
+    half = comparison.half_interval(ours) * math.sqrt(len(ours) + 1)  # of a further seed
+    low, high = means[0] - half, means[0] + half
+    assert (theirs < low).tolist() == [False, True, True, True]
+    areas = ours @ [1 / 6, 1 / 3, 1 / 3, 1 / 6]
+    area = theirs @ [1 / 6, 1 / 3, 1 / 3, 1 / 6]
+    t = (area - areas.mean()) / areas.std(ddof=1) / math.sqrt(1 + 1 / len(ours))
+    p = 2 * scipy.stats.t.cdf(t, len(ours) - 1)
+    interval = (
+        f"(at 20 000 [{low[3]:.1f}, {high[3]:.1f}]; area up to there {area:.1f}, ours {areas.mean():.1f}, p {p:.1g})"
+    )
+    assert interval in results_readme()
     runs, notes = comparison.over_axis(exported("dog_run_25k"), "seconds")
     assert notes[0].endswith("compared from 1,423 to 2,446 seconds.") and "from 1 423 s to 2 446 s" in results_readme()
     (group,) = comparison.group_runs(runs)["0_dog_run_25k"]
