@@ -2790,8 +2790,20 @@ def print_error(error: Exception | str) -> None:
     print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
 
 
+def open_standard_descriptors() -> None:
+    """Open /dev/null for standard input, output and error if they are closed.
+
+    Otherwise, later files would get their numbers: in the memory of the observations, for example, messages would
+    appear.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    open_standard_descriptors()
     streams = [OutputStream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:

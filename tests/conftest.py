@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that the tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that the tests start
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -169,6 +169,19 @@ def test_discount_from_episode_length(register_env, task, repeat, n, discount):
     assert task.episode_length == n and args.discount == pytest.approx(discount)
 
 
+DISCOUNTS = [  # flags, discount for episodes of 100 decisions
+    (dict(discount_denom=10.0, discount_min=0.1), 0.9),
+    (dict(discount_denom=10.0, discount_min=0.93), 0.93),
+    (dict(discount_min=0.1, discount_max=0.94), 0.94),
+]
+
+
+@pytest.mark.parametrize("flags, discount", DISCOUNTS)
+def test_flags_of_the_discount(register_env, flags, discount):
+    args = small_args(env_id=register_env(max_episode_steps=100), discount=None, **flags)
+    assert bmpc.resolve_args(args)[0].discount == pytest.approx(discount)
+
+
 def test_action_repeat_sums_rewards_until_the_episode_ends():
     env = bmpc.ActionRepeat(CustomEnv(), 3)
     assert [env.step(0)[1:4] for _ in range(2)] == [(1110.0, False, False), (110000.0, False, True)]

@@ -121,6 +121,32 @@ def test_the_failed_step_is_in_no_window():
     assert [step for step, env in starts if env == 1] == [0, 1, 2, 3, 4, 5]
 
 
+ERRORS = ["ValueError: NaN"] * 9 + [None] + ["ValueError: NaN"] * 10  # of consecutive episodes
+
+
+def test_ten_failed_training_episodes_in_a_row_end_a_run():
+    run = types.SimpleNamespace(env_errors=0, env_errors_in_a_row=0)
+    with pytest.raises(bmpc.RunError, match="^10 episodes in a row failed, the last one with ValueError: NaN"):
+        for error in ERRORS:
+            run.finished_episodes = [bmpc.FinishedEpisode(0, 0, 1.0, 5, error)]
+            bmpc.count_env_errors(run)
+    assert run.env_errors == 19
+
+
+def test_ten_failed_evaluation_episodes_in_a_row_end_a_run():
+    class Failing(FakeEnvs):
+        def step_wait(self):
+            *step, _ = super().step_wait()
+            return *step, [ERRORS[len(self.sent) - 1]]
+
+    evaluate = lambda n: bmpc.run_episodes(
+        start(small_args(eval_episodes=n), FakeEnvs([5, 5])), Failing([1]), False, []
+    )
+    assert evaluate(19)[0].tolist() == [0.125] * 19
+    with pytest.raises(bmpc.RunError, match="^10 episodes in a row failed"):
+        evaluate(20)
+
+
 def test_a_reset_that_fails_is_tried_with_other_seeds(monkeypatch, capsys):
     seeds = []
 
@@ -364,7 +390,10 @@ ENVIRON = os.environ | {"PYTHONPATH": str(runs.TESTS), "OMP_NUM_THREADS": "1"}
 
 
 def test_output_that_nobody_reads_ends_nothing(tmp_path):
-    """As with `2>&1 | tee log` and Ctrl-C, where tee ends first. Each line is written at once; the run resumes."""
+    """As with `2>&1 | tee log` and Ctrl-C, where tee ends first. Each line is written at once.
+
+    Then the run is resumed without any stream, where messages must not be written to other files.
+    """
     options = {"cwd": tmp_path, "env": ENVIRON | {"PYTHONUNBUFFERED": ""}, "text": True, "start_new_session": True}
     words = command("--steps", 4000)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
@@ -374,12 +403,16 @@ def test_output_that_nobody_reads_ends_nothing(tmp_path):
     assert process.wait(runs.PATIENCE) == bmpc.EXIT_RESUMABLE
     step = checkpoint(tmp_path)["global_step"]
     assert step > 0
+
+    process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], **options)
+    runs.patiently(lambda: any(row[0] > step for row in numbers(tmp_path)), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(runs.PATIENCE) == bmpc.EXIT_RESUMABLE
+    state = checkpoint(tmp_path)
+    assert state["global_step"] > step
+    assert state["obs"].abs().max() < 100 and state["buffer"]["rows"].abs().max() < 100
+    step = state["global_step"]
     assert subprocess.run(command("--steps", step + 20), capture_output=True, **options).returncode == 0
-
-
-def test_a_run_may_have_no_output_at_all(tmp_path):
-    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
-    assert subprocess.run([*closed, *command("--vmin", 20)], cwd=tmp_path, env=ENVIRON).returncode == 2
 
 
 def test_a_disk_that_was_full_does_not_silence_what_follows(tmp_path):
@@ -482,6 +515,18 @@ def test_an_unknown_commit_is_explained_unless_there_is_no_checkout(tmp_path, mo
     assert ("the git commit is unknown: fatal: detected" in capsys.readouterr().err) == GIT_MESSAGES[message]
     git.unlink()
     assert bmpc.git_commit(tmp_path) is None
+
+
+def test_the_commit_of_a_checkout_tells_whether_files_were_changed(tmp_path):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True)
+    git("init")
+    (tmp_path / "bmpc.py").write_text("1\n")
+    git("add", "bmpc.py")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--message", "first")
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    assert bmpc.git_commit(tmp_path) == commit and len(commit) == 40
+    (tmp_path / "bmpc.py").write_text("2\n")
+    assert bmpc.git_commit(tmp_path) == f"{commit}+changes"
 
 
 def test_the_log_is_complete_although_the_clock_was_set_back(tmp_path, monkeypatch):

@@ -138,6 +138,7 @@ CASES = {
     "episodic": (bmpc, dict(episodic=True, termination_coef=2.0, grad_clip_norm=0.01, dropout=0.4, td_horizon=3)),
     "other numbers": (bmpc, dict(
         num_q=1, lr=1e-2, tau=0.5, vmin=-3.0, vmax=3.0, num_bins=9, dropout=0.0, num_enc_layers=3, horizon=2,
+        reward_coef=0.3, value_coef=0.7,
     )),
     "ensemble": (bmpc_multihead, dict(
         planner_num_dynamics_heads=2, ensemble_lr_scaling=True, encoder_consistency_coef=0.5, enc_lr_scale=0.5,

@@ -29,7 +29,6 @@ INLINE = re.findall(r"`([^`\n]+)`", BOTH)
 COMMANDS = [code for code in INLINE if re.match(r"(python3?|bash|pip|diff|tensorboard|apt-get) .*[^ ]", code)]
 COMMANDS += [f"python bmpc.py {code}" for code in INLINE if re.match(r"--task .", code)]
 COMMANDS = [part.strip() for line in BLOCKS + COMMANDS for part in line.split("#")[0].split("&&") if part.strip()]
-TINY = [*runs.TINY, *"--steps 40 --eval-freq 0 --iterations 1 --extra-iterations 0 --no-track".split()]
 
 
 def commands(start: str) -> list[str]:
@@ -123,10 +122,10 @@ def test_tags_that_are_named_are_logged():
 
 
 def test_files_of_a_run_that_are_named_are_written(tmp_path):
-    """Those of a finished run of `python bmpc.py`, at a tiny size, are there; the others are named in the source."""
+    """Those of a finished run are there; the others are named in the source."""
     (table,) = re.findall(r"\| file \| content \|\n(.*?)\n\n", section("Runs"), re.S)
     named = {name.strip("/") for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
-    run = runs.Run(tmp_path, TINY).wait()
+    run = runs.finish(tmp_path, "--steps", 40, "--eval-freq", 0, task="toy:Toy-v0")
     (folder,) = (tmp_path / "runs").iterdir()
     written = {path.name for path in folder.iterdir()}
     assert run.code == 0 and named - written == {"error.txt", "videos"}

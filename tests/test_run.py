@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import FakeEnvs, run_loop, same, small_args, start
+from conftest import CPU, TASK, FakeEnvs, run_loop, same, small_args, start
 
 import bmpc
 
@@ -86,6 +86,8 @@ def test_stored_windows_are_those_of_the_environments(tmp_path):
     assert step[-1][env[-1] == 0].max() == 5 and step[-1][env[-1] == 1].max() == 4  # last observations
     assert torch.equal(batch.terminated, ((env[1:] == 1) & (step[1:] == 4)) * 1.0)
     torch.testing.assert_close(batch.reward, env[1:] + 0.125 * step[1:])
+    returns = [value for _, _, tag, value in runs.numbers(tmp_path) if tag == "charts/episodic_return"]
+    assert sorted(returns) == [0.125 * 15] * 6 + [4 + 0.125 * 10] * 7  # each is the return of one episode
     sent = torch.tensor([a.tolist() for a in envs.sent])  # (step, E, A)
     assert torch.equal(batch.action.flatten(0, 1), sent.flatten(0, 1)[batch.index.flatten()])
 
@@ -130,6 +132,41 @@ def test_episodes_are_reproducible(task, repeat):
         trajectories.append(trajectory)
     for other in trajectories[1:]:
         assert all(map(np.array_equal, trajectories[0], other))
+
+
+def test_seeds_have_their_own_weights_and_episodes():
+    first_weights, first_obs = [], []
+    for seed in (1, 2):
+        args = small_args(env_id="Pendulum-v1", seed=seed)
+        model = bmpc.Run(args, TASK, CPU).model
+        networks = (model.encoder, model.dynamics, model.reward, model.value, model.policy)
+        first_weights.append([network.layers[0].weight for network in networks])
+        with bmpc.Envs(args, 1) as envs:
+            first_obs.append(envs.start_episodes(np.ones(1, bool), [(0, 0)], np.zeros((1, 3))))
+    assert not any(map(torch.equal, *first_weights))
+    assert not np.array_equal(*first_obs)
+
+
+def test_an_episode_that_cannot_be_continued_is_replaced(tmp_path):
+    """Environment 0 does not reproduce its last observation; environment 1 does."""
+    run = run_loop(small_args(total_timesteps=28), FakeEnvs([5, 9]), tmp_path)
+    assert run.episode.tolist() == [2, 1] and run.buffer.episode_step.tolist() == [4, 5]
+    assert run.episode_return.all() and run.prev_mean.any(2).any(1).all()
+    run.obs[0] += 1
+    episode_return, prev_mean = run.episode_return.clone(), run.prev_mean.clone()
+    bmpc.start_run_episodes(run, FakeEnvs([5, 9]))
+    assert run.episode.tolist() == [3, 1] and run.buffer.episode_step.tolist() == [0, 5]
+    assert run.episode_return.tolist() == [0, episode_return[1]]
+    assert torch.equal(run.prev_mean, prev_mean * torch.tensor([0.0, 1.0])[:, None, None])
+
+
+def test_an_evaluation_returns_the_means_of_planner_and_policy(tmp_path, monkeypatch, capsys):
+    returns = {True: np.array([3.0, 5.0]), False: np.array([7.0, 11.0])}
+    monkeypatch.setattr(bmpc, "run_episodes", lambda *_, use_planner, stop_signals: (returns[use_planner], []))
+    result = bmpc.evaluate(SimpleNamespace(global_step=8), None, [], tmp_path / "film.mp4")
+    assert result == {"eval/episodic_return": 4.0, "eval/policy_episodic_return": 9.0}
+    summary = "planner 4.0 +- 1.0 (3.0 to 5.0), policy alone 9.0 +- 2.0 (7.0 to 11.0)"
+    assert capsys.readouterr().out == f"step 8: evaluation: {summary}\n"
 
 
 def test_mean_metrics_and_values_that_are_not_finite(tmp_path):
@@ -183,6 +220,9 @@ def test_training_seconds_are_those_of_acting_and_learning(tmp_path, monkeypatch
     expected = {step: step / args.num_envs + pretraining * (step >= args.learning_starts) for step in seconds}
     assert len(seconds) >= 6 and seconds == expected
     assert {value for _, _, tag, value in rows if tag == "charts/SPS"} == {args.num_envs}
+    updates = {step: value for step, _, tag, value in rows if tag == "charts/updates"}
+    pretraining = {step: args.learning_starts * (step >= args.learning_starts) for step in seconds}
+    assert updates == {step: pretraining[step] + bmpc.updates_due(args, step) for step in seconds}
 
 
 def test_progress_bar_without_a_terminal(capsys):

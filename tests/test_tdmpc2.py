@@ -39,7 +39,7 @@ CASES = {
     "defaults": {},
     "one head": dict(num_q=1, enc_lr_scale=1.0, dropout=0.4, horizon=2),
     "two heads": dict(num_q=2, normalize_rho_weights=True, rho=0.8, grad_clip_norm=0.01),
-    "five heads": dict(num_q=5, entropy_coef=0.3, tau=0.5, lr=1e-2),
+    "five heads": dict(num_q=5, entropy_coef=0.3, tau=0.5, lr=1e-2, reward_coef=0.3, value_coef=0.7),
     "episodic": dict(episodic=True, termination_coef=2.0, encoder_consistency_coef=0.5),
     "no entropy": dict(entropy_coef=0.0, num_enc_layers=3, batch_size=1),
 }
