@@ -123,7 +123,8 @@ directory_task_name() {  # TASK
 # --- Execution -------------------------------------------------------------------------------------------------------
 
 # Pass the records to report.py: it prints the status table or the records of unfinished runs, or writes the report.
-report() { printf '%s\n' "${records[@]}" | "$python" "$sweep_list/report.py" "$@"; }
+# Without -X utf8 it would start itself a second time.
+report() { printf '%s\n' "${records[@]}" | "$python" -X utf8 "$sweep_list/report.py" "$@"; }
 
 # Print a line. It is discarded if the terminal or pipe behind standard output is closed, which must not end the runs.
 say() { { echo "$1"; } 2>/dev/null || true; }

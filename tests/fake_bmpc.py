@@ -1,11 +1,12 @@
 """A stand-in for the training scripts in the tests of the sweeps: the same files, signals and exit codes, no learning.
 
-It writes ten checkpoints, one after the other. Each start appends a line to `starts` in the run directory, each stop
-appends the signals received to `signals`. Environment variables:
+It writes ten checkpoints, one after the other. Each start appends a line to `starts` in the run directory, each signal
+appends its name to `signals`. Environment variables:
 
-    FAKE_GATE   halfway through, wait until this file exists
-    FAKE_FAIL   if the name of the run directory contains this, end halfway with the exit code FAKE_CODE
-    FAKE_ERROR  end before anything else, with the exit code FAKE_CODE and this message
+    FAKE_GATE       halfway through, wait until this file exists
+    FAKE_STOP_GATE  after a signal, wait until this file exists
+    FAKE_FAIL       if the name of the run directory contains this, end halfway with the exit code FAKE_CODE
+    FAKE_ERROR      end before anything else, with the exit code FAKE_CODE and this message
 """
 
 import fcntl
@@ -26,11 +27,22 @@ total_timesteps, seed = int(flags["--steps"]), flags["--seed"]
 run_dir = Path("runs") / f"{flags['--task']}__{script.stem}__{seed}__{flags['--run-name']}"
 run_dir.mkdir(parents=True, exist_ok=True)
 received_signals = []
+deadline = time.monotonic() + 120
 
 
 def append_line(file: str, text: str) -> None:
     with open(run_dir / file, "a") as out:
         out.write(text + "\n")
+
+
+def receive(number: int, _frame: object) -> None:
+    received_signals.append(number)
+    append_line("signals", signal.Signals(number).name)
+
+
+def is_shut(gate: str) -> bool:
+    """Whether the run has to wait; not for ever, so that a failed test leaves no process."""
+    return gate in os.environ and not Path(os.environ[gate]).exists() and time.monotonic() < deadline
 
 
 def exit_with(code: int, text: str) -> None:
@@ -50,12 +62,12 @@ if finished.exists() and json.loads(finished.read_text())["total_timesteps"] >= 
     exit_with(2, f"{run_dir} holds a finished run of {total_timesteps} decisions; continue it with more --steps")
 finished.unlink(missing_ok=True)
 for number in STOP_SIGNALS:
-    signal.signal(number, lambda number, _frame: received_signals.append(signal.Signals(number).name))
+    signal.signal(number, receive)
 
 first_tenth = json.loads(checkpoint.read_text())["tenth"] % 10 if checkpoint.exists() else 0
 print(f"continuing at step {total_timesteps * first_tenth // 10}", flush=True)
 variables = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-append_line("starts", json.dumps({"tenth": first_tenth, "pid": os.getpid()} | variables))
+append_line("starts", json.dumps({"tenth": first_tenth, "pid": os.getpid(), "parent": os.getppid()} | variables))
 (run_dir / "args.json").write_text(json.dumps({"action_repeat": 2}))
 (run_dir / "versions.json").write_text(json.dumps([{"command": sys.argv, "torch": "2"}]))
 if first_tenth == 0:
@@ -63,15 +75,14 @@ if first_tenth == 0:
 
 for tenth in range(first_tenth + 1, 11):
     step = total_timesteps * tenth // 10
-    for tag, value in (("eval/episodic_return", step * int(seed)), ("charts/SPS", 50)):
+    for tag, value in (("eval/episodic_return", step * int(seed)), ("charts/SPS", 0.5)):
         append_line("metrics.csv", f"{step},{2 * step},{tag},{value}")
     checkpoint.write_text(json.dumps({"tenth": tenth}))
-    gate, deadline = os.environ.get("FAKE_GATE"), time.monotonic() + 120  # so that a failed test leaves no process
-    while tenth == 5 and gate and not Path(gate).exists() and not received_signals and time.monotonic() < deadline:
+    while tenth == 5 and is_shut("FAKE_GATE") and not received_signals:
         time.sleep(0.02)
     if received_signals:
-        time.sleep(0.3)  # long enough to receive a second signal
-        append_line("signals", " ".join(received_signals))
+        while is_shut("FAKE_STOP_GATE"):
+            time.sleep(0.02)
         print("checkpoint written, stopped", file=sys.stderr)
         sys.exit(75)
     if tenth == 5 and os.environ.get("FAKE_FAIL", "no run") in run_dir.name:

@@ -131,3 +131,8 @@ def compile_only(script, name):
     """Make --compile compile only one of the fields of Functions, and leave the others eager."""
     compile_functions = script.compile_functions
     script.compile_functions = lambda *args: script.Functions(**{name: getattr(compile_functions(*args), name)})
+
+
+def instead(script, code):
+    """Run this code, with the names of the script, instead of the script."""
+    script.main = lambda: exec(code, vars(script))

@@ -10,6 +10,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import runs
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 RUN = "--action-repeat 10 --learning-starts 20 --steps 90 --utd-ratio 1.5 --buffer-size 60".split()
 RUN += ["--env-kwargs", '{"task_kwargs": {"time_limit": 2}}']
 RUN += "--eval-freq 50 --log-freq 10 --checkpoint-freq 20".split()
-RUN_TDMPC2 = list(RUN)
 RUN += "--reanalyze-interval 4 --no-initial-expert-from-behavior --td-target-use-ema-policy".split()
 TOY = "--learning-starts 12 --steps 80 --eval-freq 0 --log-freq 10 --checkpoint-freq 20".split()
 
@@ -114,16 +114,14 @@ LATE = [
 ]
 
 
-def random_moments(seed):
-    """Choose moments among the calls and returns of a run, which are more than 240 000."""
-    return [("strike_anywhere", "SIGKILL", n) for n in random.Random(seed).sample(range(1, 150_000), 2)]
+# Moments among the calls and returns of a run, which are more than 240 000
+RANDOM = [("strike_anywhere", "SIGKILL", n) for n in random.Random(1).sample(range(1, 150_000), 4)]
 
 
-@pytest.mark.parametrize(
-    "first, second", [(EARLY, LATE), (random_moments(1), random_moments(2))], ids=["chosen", "random"]
-)
-def test_killed_runs_resume_exactly(reference, tmp_path, first, second):
-    parallel_map(lambda name, moments: run_with_interruptions(tmp_path / name, moments, *RUN), "ab", (first, second))
+@pytest.mark.parametrize("kills", [[EARLY, LATE], [RANDOM]], ids=["chosen", "random"])
+def test_killed_runs_resume_exactly(reference, tmp_path, kills):
+    names = map(str, range(len(kills)))
+    parallel_map(lambda name, moments: run_with_interruptions(tmp_path / name, moments, *RUN), names, kills)
     for cwd in tmp_path.iterdir():
         assert lost(reference, cwd) == []
         check_log(cwd)
@@ -137,25 +135,24 @@ def check_exact_resume(cwd, moments, *flags, **options):
     check_log(cwd / "killed")
 
 
-def test_killed_runs_with_two_heads_and_two_policies_resume_exactly(tmp_path):
-    """This script contains all of bmpc_multihead.py."""
-    flags = "--planner-num-dynamics-heads 2 --local-td-bootstrap --dual-policy-enabled".split()
-    moments = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "make_expert", 9, "reanalyze")]
-    check_exact_resume(tmp_path, moments, *RUN, *flags, script="bmpc_dual_policy")
+SIBLINGS = {  # bmpc_dual_policy.py contains all of bmpc_multihead.py
+    "bmpc_dual_policy": "--planner-num-dynamics-heads 2 --local-td-bootstrap --dual-policy-enabled "
+    "--td-target-use-ema-policy",
+    "tdmpc2": "",
+}
 
 
-def test_killed_runs_of_tdmpc2_resume_exactly(tmp_path):
-    moments = [("strike", "SIGKILL", "update", 26), ("strike", "SIGKILL", "run_planner", 30, "evaluate")]
-    check_exact_resume(tmp_path, moments, *RUN_TDMPC2, script="tdmpc2")
+@pytest.mark.parametrize("script", SIBLINGS)
+def test_killed_runs_of_siblings_resume_exactly(tmp_path, script):
+    flags = [*TOY, *SIBLINGS[script].split()]
+    check_exact_resume(tmp_path, [("strike", "SIGKILL", "update", 45)], *flags, task="toy:Toy-v0", script=script)
 
 
 STOP_MOMENTS = [
     ("SIGUSR1", "random_action", 3),
     ("SIGTERM", "update", 9),  # pretraining
     ("SIGINT", "update", 20),  # between the updates of one step
-    ("SIGTERM", "Envs.step_wait", 5, "evaluate"),
     ("SIGINT", "Envs.step_wait", 25, "evaluate"),  # with the policy alone
-    ("SIGUSR1", "save_checkpoint", 1),
     ("SIGTERM", "derive_seed", 1, "start_run_episodes"),
 ]
 
@@ -208,24 +205,25 @@ def test_new_episodes_if_the_old_ones_are_not_reproducible(tmp_path, task, flags
     assert after["buffer"]["valid_start"].sum() == 2 * windows
 
 
-COMPILED = [*TOY, *"--compile --steps 34 --checkpoint-freq 8 --horizon 1 --reanalyze-batch-size 2".split()]  # one graph
+COMPILED = [*TOY, *"--compile --steps 34 --checkpoint-freq 8 --horizon 1".split()]  # a small graph
 # A g++ that, at its first call for a model, sends SIGTERM to its process group
 COMPILER = """#!/bin/sh
+PATH='{path}'  # without the directory of this file, so that torch's cache takes it for the same compiler
 case "$*" in *.main.cpp*) touch {stopped}; kill -TERM 0;; esac
-exec {compiler} "$@"
+exec g++ "$@"
 """
 
 
-@pytest.mark.skipif(not (GXX := shutil.which("g++")), reason="needs g++")
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_compiled_runs_resume_exactly(tmp_path):
     """A run is killed, then stopped while it compiles. Later runs find compiled functions in the compiler's cache."""
     uninterrupted, killed, stopped, compiler = (
         tmp_path / name for name in ("uninterrupted", "killed", "stopped", "g++")
     )
-    compiler.write_text(COMPILER.format(stopped=stopped, compiler=GXX))
+    compiler.write_text(COMPILER.format(stopped=stopped, path=os.environ["PATH"]))
     compiler.chmod(0o755)
 
-    def compiled_run(cwd, *moments, function="plan", **environ):
+    def compiled_run(cwd, *moments, function="policy_loss", **environ):
         moments = [("compile_only", function), *moments]
         return finish(cwd, *COMPILED, task="toy:Toy-v0", moments=moments, environ=environ)
 
@@ -235,8 +233,9 @@ def test_compiled_runs_resume_exactly(tmp_path):
     parts = re.findall(r"^(compiling|compiled) part (\d+)(?: \.\.\.| in \d+ s)$", run.said(), re.M)
     numbers_of_parts = range(1, len(parts) // 2 + 1)
     assert parts and parts == [(word, str(n)) for n in numbers_of_parts for word in ("compiling", "compiled")]
-    run = compiled_run(killed, function="policy_loss", PATH=f"{tmp_path}:{os.environ['PATH']}")  # not in the cache
+    run = compiled_run(killed, function="plan", PATH=f"{tmp_path}:{os.environ['PATH']}")  # the plan is not in it
     assert run.code == bmpc.EXIT_RESUMABLE and gone(run) and stopped.exists(), run
+    assert "compiling part 1 ..." in run.said(), run  # the compiler was found in the cache
     run = compiled_run(killed)
     assert run.code == 0 and "resuming at step 24" in run.said() and lost(uninterrupted, killed) == [], run
 
@@ -253,27 +252,42 @@ def test_second_process_in_the_same_directory_is_rejected(tmp_path):
     assert first.wait().code == -signal.SIGKILL and gone(first)
 
 
-def test_finished_runs(reference, tmp_path):
-    """The same command is rejected with advice. With more steps, the run goes on; with fewer, it is rejected."""
-    assert finish(tmp_path, *RUN, "--steps", 50).code == 0
-    line = error_line(finish(tmp_path, *RUN, "--steps", 50), 2)
-    assert all(hint in line for hint in ("finished", "--steps", "--run-name", "--evaluate")), line
-    assert finish(tmp_path, *RUN, "--steps", 90).code == 0
-    assert lost(reference, tmp_path) == []
-    check_log(tmp_path)
-    for _ in range(2):  # the second time, without finished.json
-        assert "a finished run of 90" in error_line(finish(tmp_path, *RUN, "--steps", 30), 2)
-        (directory(tmp_path) / "finished.json").unlink(missing_ok=True)
+def resolved_args(*flags):
+    """Return the arguments of a run with these flags, as the run itself uses them."""
+    return bmpc.resolve_args(bmpc.parse_args(list(map(str, flags))))[0]
 
 
 def open_run(cwd, monkeypatch, *flags):
     """Open a run directory with these flags. Returns the arguments and the checkpoint to resume from."""
     monkeypatch.chdir(cwd)
-    args, _ = bmpc.resolve_args(bmpc.parse_args(list(map(str, flags))))
+    args = resolved_args(*flags)
     return args, bmpc.open_run_directory(args)[1]
 
 
 SAME_FLAGS = ["--task", "cartpole-swingup", *runs.TINY, *RUN]
+
+
+def refusal(cwd, *flags):
+    """Return the message with which the run in this directory is not resumed with these flags."""
+    path = directory(cwd)
+    with pytest.raises(bmpc.UsageError) as error:
+        bmpc.check_resumable(path, bmpc.read_checkpoint(path), resolved_args(*SAME_FLAGS, *flags))
+    return str(error.value)
+
+
+def test_finished_runs(reference, tmp_path):
+    """The same command is rejected with advice. With more steps, the run goes on; with fewer, it is rejected."""
+    assert finish(tmp_path, *RUN, "--steps", 50).code == 0
+    message = refusal(tmp_path, "--steps", 50)
+    assert all(hint in message for hint in ("finished", "--steps", "--run-name", "--evaluate")), message
+    assert finish(tmp_path, *RUN, "--steps", 90).code == 0
+    assert lost(reference, tmp_path) == []
+    check_log(tmp_path)
+    for _ in range(2):  # the second time, without finished.json
+        assert "a finished run of 90" in refusal(tmp_path, "--steps", 30)
+        (directory(tmp_path) / "finished.json").unlink(missing_ok=True)
+
+
 OTHER_FLAGS = {
     "lr": "--lr=1e-4",
     "preset": "--preset=small",
@@ -393,9 +407,11 @@ def test_error_messages_of_simulators_and_models(tmp_path, command):
 
 
 HAS_RENDERER = ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa")
+FILM = {"task": "toy:ToyFilm-v0", "environ": {"MUJOCO_GL": "disable"}}  # frame t of an episode has the brightness 20 t
 OUTPUT_FLAGS = {
-    "none": "--eval-freq 0 --log-freq 0 --checkpoint-freq 0",
-    "frequent": "--eval-freq 60 --eval-episodes 3 --log-freq 1 --checkpoint-freq 2 --capture-video",
+    "default": "",
+    "none": "--log-freq 0 --checkpoint-freq 0",
+    "frequent": "--eval-freq 30 --eval-episodes 3 --log-freq 1 --checkpoint-freq 6 --capture-video",
 }
 
 
@@ -406,23 +422,27 @@ def state(cwd):
     return [checkpoint(cwd)[name] for name in ("model", "optimizers", "buffer", *COUNTERS)]
 
 
-def test_output_flags_do_not_change_training(reference, tmp_path):
+def frames(path):
+    """Read a video: (frames, height, width, 3)."""
+    return np.stack(imageio.mimread(path))
+
+
+def check_film(path):
+    """Check that a film shows one episode of the toy: its 10 decisions, in order."""
+    assert (abs(frames(path).mean((1, 2, 3)) - 20 * np.arange(10)) < 5).all()
+
+
+def test_output_flags_do_not_change_training(tmp_path):
+    """Evaluations film their first episode."""
     returns = lambda cwd: [row for row in numbers(cwd) if "charts/episodic" in row[2]]
-    make_run = lambda name: finish(tmp_path / name, *RUN, *OUTPUT_FLAGS[name].split(), fresh=name == "frequent")
+    make_run = lambda name: finish(tmp_path / name, *TOY, *OUTPUT_FLAGS[name].split(), **FILM)
     for run in parallel_map(make_run, OUTPUT_FLAGS):
-        assert run.code == 0 and differences(state(reference), state(run.cwd)) == [], run
-        assert returns(reference) == returns(run.cwd) and len(returns(run.cwd)) == 8
-    if not HAS_RENDERER:
-        pytest.skip("no renderer: only the videos are not tested")
-    assert {path.name for path in tmp_path.rglob("*.mp4")} == {"60.mp4", "90.mp4"}
-
-
-def test_a_profile_does_not_change_training(tmp_path):
-    for name, flags in (("plain", []), ("profiled", ["--profile"])):
-        run = finish(tmp_path / name, *TOY, "--steps", 20, *flags, task="toy:Toy-v0", fresh=bool(flags))
-        assert run.code == 0, run
-    assert differences(state(tmp_path / "plain"), state(tmp_path / "profiled")) == []
-    assert list(tmp_path.glob("profiled/runs/*/trace.json"))
+        assert run.code == 0 and differences(state(tmp_path / "default"), state(run.cwd)) == [], run
+        assert returns(tmp_path / "default") == returns(run.cwd) and len(returns(run.cwd)) == 2 * 8
+    films = sorted(tmp_path.rglob("*.mp4"))
+    assert [path.name for path in films] == ["30.mp4", "60.mp4", "80.mp4"]
+    for path in films:
+        check_film(path)
 
 
 def test_evaluating_a_checkpoint(reference, resumable):
@@ -438,17 +458,27 @@ def test_evaluating_a_checkpoint(reference, resumable):
     assert "does not fit the model: target_value.layers.0.bias" in error_line(others[1], 2)
     if not HAS_RENDERER:
         pytest.skip("no renderer: only the video is not tested")
-    filmed = start(resumable, "--evaluate", directory(resumable), "--capture-video", fresh=True).wait()
-    assert filmed.code == 0 and (directory(resumable) / "videos" / "evaluate-90.mp4").stat().st_size, filmed
+    run = start(resumable, "--evaluate", directory(resumable), "--capture-video", fresh=True).wait()
+    assert run.code == 0, run
+    film = frames(directory(resumable) / "videos" / "evaluate-90.mp4")
+    assert film.shape == (20, 480, 640, 3)
+    assert film[0].std() > 10 and abs(film[-1].astype(int) - film[0]).max() > 100  # neither one color nor one picture
 
 
 def test_missing_optional_dependencies(tmp_path):
-    """Without a compiler, wandb, a renderer and imageio, a run warns and continues."""
+    """Without a compiler, wandb, a renderer and imageio, a run warns and continues. It learns the same, also when it is
+    profiled.
+    """
     environ = {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     options = {"environ": environ, "moments": [("hide", "wandb"), ("hide", "imageio.v2", "evaluate", 2)]}
-    flags = "--compile --steps 20 --eval-freq 10 --capture-video --track".split()
-    run = finish(tmp_path, *TOY, *flags, task="toy:Toy-v0", fresh=True, **options)
+    flags = "--compile --eval-freq 10 --capture-video --track --profile".split()
+    toy = [*TOY, "--steps", 20]
+    run = finish(tmp_path / "warned", *toy, *flags, task="toy:Toy-v0", fresh=True, **options)
     assert run.code == 0 and "compiled" not in run.said(), run
     warnings = re.findall("^warning: (no working compiler|continuing without|rendering|no video)", run.warned(), re.M)
     assert warnings == ["no working compiler", "continuing without", "rendering", "no video", "no video"], run
     assert run.warned().count("arning") == len(warnings) and run.warned().count("ModuleNotFound") == 2, run
+    trace = (directory(run.cwd) / "trace.json").read_text()
+    assert all(f'"name": "{part}"' in trace for part in ("act", "environment", "reanalyze", "update"))
+    plain = finish(tmp_path / "plain", *toy, task="toy:Toy-v0")
+    assert plain.code == 0 and differences(state(plain.cwd), state(run.cwd)) == [], plain

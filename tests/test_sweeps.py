@@ -104,6 +104,18 @@ class Lab:
         patiently(lambda: len(halfway()) == number, self)
         return halfway()
 
+    def end_stopped(self, process, run_dirs):
+        """Opens FAKE_STOP_GATE once each run has received a signal and nobody has another one to pass on."""
+        senders = [process.pid, *(starts(run)[-1]["parent"] for run in run_dirs)]
+        patiently(lambda: all((run / "signals").exists() for run in run_dirs) and all(map(is_idle, senders)), self)
+        (self.cwd / "stop_gate").touch()
+
+
+def is_idle(pid):
+    """Tells whether a process sleeps and has handled all its signals."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return "State:\tS" in status and not re.search("(SigPnd|ShdPnd):\t0*[1-9a-f]", status)
+
 
 def starts(run_dir):
     return [json.loads(line) for line in (run_dir / "starts").read_text().splitlines()]
@@ -198,17 +210,24 @@ def test_td_mpc2_runs_beside_the_runs_of_the_small_baseline():
     assert set(Lab().dry_run("0_baseline")) < set(lines)
 
 
-TASKS = "cup-catch finger-turn-easy pointmass-easy dm_control/walker-walk-v0 gymnasium:Pendulum-v1".split()
-TASKS += ["a_module:ML1-train"]
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_run_directories_are_those_of_the_scripts(task):
-    arguments = ["2d", "2h", "--", "--task", task]
-    runs = map(parse, Lab().dry_run(*arguments))
-    expected = [bmpc.run_directory(dataclasses.replace(run, env_id=bmpc.resolve_env_id(task))).name for run in runs]
+@pytest.mark.parametrize(
+    "flags",  # with each spelling that the scripts accept
+    [
+        "--task cup-catch --steps 300_000",
+        "--task=finger-turn-easy --steps=400",
+        "--env-id pointmass-easy --total-timesteps 300_000",
+        "--env_id dm_control/walker-walk-v0 --total_timesteps 400",
+        "--env-id=gymnasium:Pendulum-v1 --total-timesteps=2_000",
+        "--env_id=a_module:ML1-train --total_timesteps=400",
+    ],
+)
+def test_run_directories_and_lengths_are_those_of_the_scripts(flags):
+    arguments = ["2d", "2h", "--", *flags.split()]
+    runs = list(map(parse, Lab().dry_run(*arguments)))
+    resolved = [dataclasses.replace(run, env_id=bmpc.resolve_env_id(run.env_id)) for run in runs]
+    expected = [(str(run.total_timesteps), bmpc.run_directory(run).name) for run in resolved]
     status = Lab(cwd=Path("/")).run("--status", *arguments).stdout
-    assert re.findall(r"waiting.* (\S+__\S+)", status) == expected
+    assert len(runs) == 4 and re.findall(r"waiting +0/(\d+) .* (\S+__\S+)", status) == expected
 
 
 def test_the_document_agrees_with_the_folders():
@@ -348,6 +367,7 @@ def test_wrong_arguments_are_refused_with_advice_that_works(lab, wrong):
 
 STUB_REPORT = """\
 import sys
+assert sys.flags.utf8_mode, "report.py would start itself again"
 print("arguments:", *sys.argv[1:])
 sys.stdout.writelines(sys.stdin)
 """
@@ -377,7 +397,7 @@ def test_names_that_a_message_offers_are_sweeps(lab):
     first = ["1_first", "--seeds", "1", "--", "--task", "dog-run", "--steps", "20"]  # this group has no settings.sh
     assert len(lab.dry_run(*first)) == 1
     check_message(lab.run(*first, SWEEPS_MODE="all"), OTHER_MESSAGES["mode"])
-    assert [lab.run(*first, SWEEPS_MODE=mode).returncode for mode in ("status", "run", "status")] == [75, 0, 0]
+    assert [lab.run(*first, SWEEPS_MODE=mode).returncode for mode in ("status", "run")] == [75, 0]
 
 
 def test_every_message_is_followed():
@@ -410,7 +430,7 @@ def test_the_interpreter(lab):
     assert not lab.runs
     write_executable(tools / "python3", f'exec {shlex.quote(sys.executable)} "$@"')
     assert lab.dry_run("2d", *SHORT, **bare)[0].startswith("python3 ")
-    assert lab.run("2d", *SHORT, **bare).returncode == 0  # also what the message about sbatch advises
+    assert lab.run("2d", "--jobs", "2", *SHORT, **bare).returncode == 0  # also what the message about sbatch advises
     assert lab.run("2d", "--seeds", "3", *SHORT, PATH=tools).returncode == 0  # PYTHON is set
 
 
@@ -427,14 +447,13 @@ def test_shellcheck():
 def test_done_runs_are_skipped_and_longer_ones_are_resumed(lab):
     first = lab.run("2a", "2h", "--jobs", "3", *SHORT)
     assert first.returncode == 0 and "6 runs: 6 done" in first.stdout and len(lab.runs) == 6
-    again = lab.run("2a", "2h", "2d", *SHORT)
+    again = lab.run("2a", "2h", "2d", "--jobs", "2", *SHORT)
     assert again.returncode == 0 and again.stdout.count("start ") == 2
     assert [len(starts(run)) for run in lab.runs] == [1] * 8
-    assert lab.run("2a", "--report", "--seeds", "1,2,3", *SHORT).returncode == 0
-    assert "4 of 6 runs, baseline 0 of 3" in (lab.cwd / "runs" / "report" / "report.md").read_text()
-    lab.run("2h", "--report", "--export", "kept", *SHORT)
-    assert len(list(lab.cwd.glob("kept/*2h*.csv"))) == 2
-    assert lab.run("2h", "--", "--steps", "40").returncode == 0
+    assert lab.run("2a", "--report", "--export", "kept", "--seeds", "1,2,3", *SHORT).returncode == 0
+    assert "4 of 6 runs, baseline 0 of 3" in (lab.cwd / "kept" / "report.md").read_text()
+    assert len(list(lab.cwd.glob("kept/*2a*.csv"))) == 4
+    assert lab.run("2h", "--jobs", "2", "--", "--steps", "40").returncode == 0
     assert [len(starts(run)) for run in lab.runs if "2h" in run.name] == [2, 2]
     line = lab.dry_run("2d", "--", "--steps", "60")[0]  # a printed command can be run
     subprocess.run(["bash", "-c", line], cwd=lab.cwd, env=environment(), check=True)
@@ -476,16 +495,17 @@ def test_a_failed_run_is_reported_and_the_others_continue(lab, code):
 # A terminal sends the signal of Ctrl-C to the whole foreground process group
 @pytest.mark.parametrize("send, number, jobs", [(os.killpg, signal.SIGINT, 2), (os.kill, signal.SIGTERM, 4)])
 def test_a_signal_stops_each_run_once_and_loses_nothing(lab, send, number, jobs):
-    process = lab.start("2a", "--jobs", jobs, *SHORT, FAKE_GATE=lab.cwd / "gate")
+    process = lab.start("2a", "--jobs", jobs, *SHORT, FAKE_GATE=lab.cwd / "gate", FAKE_STOP_GATE=lab.cwd / "stop_gate")
     stopped = lab.wait_at_gate(jobs)
     send(process.pid, number)
+    lab.end_stopped(process, stopped)
     out, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75
     assert out.count("stopped ") == jobs and out.endswith("4 runs: 0 done, 0 running, 0 failed, 4 waiting\n")
     assert lab.runs == stopped, "no further run was started"
     assert [(run / "signals").read_text() for run in stopped] == ["SIGTERM\n"] * jobs
     assert lab.run("2a", "--status", *SHORT).stdout.count(" 10/20 ") == jobs
-    assert lab.run("2a", *SHORT).returncode == 0
+    assert lab.run("2a", "--jobs", "4", *SHORT).returncode == 0
     assert [len(starts(run)) for run in lab.runs] == [2 if run in stopped else 1 for run in lab.runs]
     assert [starts(run)[-1]["tenth"] for run in stopped] == [5] * jobs
 
@@ -493,6 +513,7 @@ def test_a_signal_stops_each_run_once_and_loses_nothing(lab, send, number, jobs)
 @pytest.mark.parametrize("event", ["the terminal closes", "Ctrl-C ends the reader of the output, too"])
 def test_runs_are_stopped_when_the_output_is_closed(lab, event):
     options = ["2d", "--jobs", "2", *SHORT]
+    gates = {"FAKE_GATE": lab.cwd / "gate", "FAKE_STOP_GATE": lab.cwd / "stop_gate"}
     if event == "the terminal closes":
         terminal, terminal_end = os.openpty()
 
@@ -500,16 +521,17 @@ def test_runs_are_stopped_when_the_output_is_closed(lab, event):
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests run under nohup
             fcntl.ioctl(terminal_end, termios.TIOCSCTTY, 0)
 
-        process = lab.start(*options, streams=terminal_end, preexec_fn=attach, FAKE_GATE=lab.cwd / "gate")
+        process = lab.start(*options, streams=terminal_end, preexec_fn=attach, **gates)
         os.close(terminal_end)
         stopped = lab.wait_at_gate(2)
         os.close(terminal)  # the kernel sends SIGHUP
     else:
-        process = lab.start(*options, FAKE_GATE=lab.cwd / "gate")
+        process = lab.start(*options, **gates)
         stopped = lab.wait_at_gate(2)
         process.stdout.close()
         process.stderr.close()
         os.killpg(process.pid, signal.SIGINT)
+    lab.end_stopped(process, stopped)
     assert process.wait(timeout=TIMEOUT) == 75
     assert [(run / "signals").read_text() for run in stopped] == ["SIGTERM\n"] * 2
     logs = [log.read_text() for log in lab.cwd.glob("runs/logs/*.log")]
@@ -540,8 +562,8 @@ def test_a_run_stopped_before_its_signal_handlers_exist_is_not_failed(lab):
 def test_two_invocations_share_the_runs(lab):
     first = lab.start("2a", "--jobs", "2", *SHORT, FAKE_GATE=lab.cwd / "gate")
     lab.wait_at_gate(2)
-    status = lab.run("2a", "--status", *SHORT).stdout
-    assert re.search(r"running +10/20 +\S+ +0 h 00 m", status) and "2 running, 0 failed, 2 waiting" in status
+    status = lab.run("2a", "--status", "--", "--steps", "3759").stdout  # 3749 decisions at 0.5 a second: 124.97 minutes
+    assert re.search(r"running +10/3759 +\S+ +2 h 04 m", status) and "2 running, 0 failed, 2 waiting" in status
     second = lab.run("2a", "--jobs", "2", *SHORT)  # without a gate for its own two
     assert second.returncode == 75 and second.stdout.count("in use ") == 2
     assert second.stdout.endswith("4 runs: 2 done, 2 running, 0 failed, 0 waiting\n")
@@ -553,17 +575,17 @@ def test_two_invocations_share_the_runs(lab):
     assert all(message in (ROOT / f"{script}.py").read_text() for message in messages for script in SCRIPTS)
 
 
-def test_jobs_share_gpus_and_threads(lab):
-    process = lab.start("2a", "--gpus", "3,\n7", *SHORT, FAKE_GATE=lab.cwd / "gate")
-    begun = [starts(run)[0] for run in lab.wait_at_gate(2)]  # as many at a time as there are GPUs
-    assert {start["CUDA_VISIBLE_DEVICES"] for start in begun} == {"3", "7"}
-    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert [start["OMP_NUM_THREADS"] for start in begun] == [threads] * 2
-    (lab.cwd / "gate").touch()
+@pytest.mark.parametrize("options, cores, number, threads", [([], 6, 2, "3"), (["--jobs", "4"], 3, 4, "1")])
+def test_jobs_share_gpus_and_threads(lab, options, cores, number, threads):
+    """By default there are as many jobs at a time as GPUs."""
+    write_executable(lab.cwd / "bin" / "nproc", f"echo {cores}")
+    variables = {"PATH": f"{lab.cwd / 'bin'}:{os.environ['PATH']}", "FAKE_GATE": lab.cwd / "gate"}
+    process = lab.start("2a", "--gpus", "3,\n7", *options, *SHORT, **variables)
+    begun = [starts(run)[0] for run in lab.wait_at_gate(number)]
+    assert Counter(start["CUDA_VISIBLE_DEVICES"] for start in begun) == {"3": number // 2, "7": number // 2}
+    assert [start["OMP_NUM_THREADS"] for start in begun] == [threads] * number
+    process.terminate()
     process.communicate(timeout=TIMEOUT)
-    assert lab.run("2d", "--jobs", "2", *SHORT, OMP_NUM_THREADS=5).returncode == 0
-    begun = [starts(run)[0] for run in lab.cwd.glob("runs/*2d*")]
-    assert [(start["OMP_NUM_THREADS"], start["CUDA_VISIBLE_DEVICES"]) for start in begun] == [("5", None)] * 2
 
 
 # --- SLURM
@@ -571,7 +593,7 @@ def test_jobs_share_gpus_and_threads(lab):
 
 def test_submission_to_slurm(lab):
     """The arguments of sbatch, and that its tasks execute the runs on a node where PATH has no `python`."""
-    assert lab.run("2d", *SHORT).returncode == 0
+    assert lab.run("2d", "--jobs", "2", *SHORT, OMP_NUM_THREADS=5).returncode == 0
     write_executable(lab.cwd / "base" / "python3.x", f'exec {shlex.quote(sys.executable)} "$@"')
     environment_bin = lab.cwd / "my venv" / "bin"
     environment_bin.mkdir(parents=True)
@@ -586,10 +608,12 @@ def test_submission_to_slurm(lab):
     assert {shlex.split(command)[0] for command in commands} == {str(environment_bin / "python")}  # not its target
     assert {line.split()[0] for line in lab.dry_run("2d", "2a", *options, **activated)} == {"python"}
     for index in range(7):  # two of the three runs of 2d are done; one and the six of 2a are left
-        variables = environment(PYTHON=None, PATH="/usr/bin:/bin", SLURM_ARRAY_JOB_ID=1, SLURM_ARRAY_TASK_ID=index)
+        task = {"SLURM_ARRAY_JOB_ID": 1, "SLURM_ARRAY_TASK_ID": index, "SLURM_CPUS_PER_TASK": 3}
+        variables = environment(PYTHON=None, PATH="/usr/bin:/bin", **task)
         done = subprocess.run(["sh", "-c", wrap.removeprefix("--wrap=")], cwd=lab.cwd, env=variables)
         assert done.returncode == 0
-    assert [len(starts(run)) for run in lab.runs] == [1] * 9
+    threads = [start["OMP_NUM_THREADS"] for run in lab.runs for start in starts(run)]
+    assert Counter(threads) == {"5": 2, "3": 7}, "one start a run, with the threads given or those of its task"
     assert "9 runs: 9 done" in lab.run("2d", "2a", "--slurm", *options, **activated).stdout
 
 
@@ -620,10 +644,15 @@ def test_only_a_run_that_is_in_use_is_requeued(lab, code, message, requeued):
 
 def test_a_finished_run_that_cannot_be_continued_is_not_taken_for_done(lab):
     message = "RUN_DIR holds a finished run of 10 decisions; it was finished with --no-keep-replay, so it cannot be"
-    done = lab.run("2d", *SHORT, FAKE_CODE=2, FAKE_ERROR=message)
+    done = lab.run("2d", "--jobs", "2", *SHORT, FAKE_CODE=2, FAKE_ERROR=message)
     assert done.returncode == 1 and done.stdout.count("FAILED") == 2 and "0 done, 0 running, 2 failed" in done.stdout
 
 
 @pytest.mark.skipif(not shutil.which("sbatch") or os.geteuid() != 0, reason="a real SLURM needs root and slurm-wlm")
 def test_a_real_slurm(tmp_path):
-    subprocess.run(["bash", ROOT / "tests" / "slurm.sh", tmp_path], env=environment(), check=True, timeout=300)
+    cluster = subprocess.Popen(["bash", ROOT / "tests" / "slurm.sh", tmp_path], env=environment())
+    try:
+        assert cluster.wait(timeout=TIMEOUT) == 0
+    finally:
+        cluster.terminate()  # so that it stops the daemons of SLURM, even after the timeout
+        cluster.wait(timeout=TIMEOUT)

@@ -122,7 +122,8 @@ class Bench:
             transition = [action] if script is tdmpc2 else [*action]  # the action, and its expert
             obs = random(TASK.obs_dim)
             run.buffer.add(obs, *transition, random(), 0 * random(), obs, np.zeros(E, bool), np.zeros(E, bool))
-        return run, plain.plan if mode == "plain" else run.functions.plan
+        plain_plan = lambda *inputs: script.Plan(*plain.plan(*inputs))
+        return run, plain_plan if mode == "plain" else run.functions.plan
 
 
 def bench_act(bench, mode):

@@ -1,4 +1,4 @@
-"""A toy environment, `--task toy:Toy-v0`, and variants that each have one fault."""
+"""A toy environment, `--task toy:Toy-v0`, and variants: each has one fault, or pictures."""
 
 import multiprocessing
 import os
@@ -9,7 +9,9 @@ import numpy as np
 
 
 class Toy(gym.Env):
-    """Push a point on a line; the reward is larger near the middle. `happen` names a fault."""
+    """Push a point on a line; the reward is larger near the middle. `happen` names a fault, or "Film": it has pictures
+    that get brighter from step to step.
+    """
 
     metadata = {"render_modes": ["rgb_array"]}
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -33,6 +35,8 @@ class Toy(gym.Env):
     def render(self):
         if self.happen == "Render":
             os._exit(3)
+        if self.happen == "Film":
+            return np.full((64, 64, 3), 20 * self.t, np.uint8)
         raise RuntimeError("this simulator has no pictures")
 
     def step(self, action):
@@ -48,5 +52,5 @@ class Toy(gym.Env):
 
 
 gym.register("ToyLong-v0", Toy, max_episode_steps=100, kwargs={"happen": ""})
-for what in ("", "Terminates", "Noise", "Broken", "Unmade", "Render"):
+for what in ("", "Terminates", "Noise", "Broken", "Unmade", "Render", "Film"):
     gym.register(f"Toy{what}-v0", Toy, max_episode_steps=10, kwargs={"happen": what})
