@@ -284,8 +284,8 @@ class Args:
 
     # --- expert
     reanalyze_interval: NonNegativeInt = 10
-    """reanalyze once in this many updates; 0: never, so that the policy keeps imitating the placeholder expert of the
-    warm-up, N(0, 1)"""
+    """reanalyze once in this many updates; 0: never; transitions of the warm-up then keep their placeholder expert,
+    N(0, 1)"""
     reanalyze_batch_size: PositiveInt = 20
     """windows per call of reanalyze; it plans again for all T states of each"""
     reanalyze_horizon: PositiveInt | None = None
@@ -449,8 +449,8 @@ def simnorm(x: Tensor, group_size: int) -> Tensor:
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 #
-# Every network is an ensemble of `num_heads` independent networks of the same shape; most ensembles have one. An input
-# has the shape (heads, ..., in), or (1, ..., in) if all heads share it. With one head, any leading dimensions will do.
+# Every network is an ensemble of num_heads independent networks of the same shape; most have a single one. An input has
+# the shape (heads, ..., in), or (1, ..., in) if all heads share it. With one head it may have any leading dimensions.
 
 
 def stacked_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -523,7 +523,7 @@ class NormedLinear(Linear):
 
 
 class MLP(nn.Module):
-    """An ensemble of MLPs: NormedLinear layers with Mish, then a Linear layer or one with output_activation."""
+    """An ensemble of MLPs: NormedLinear layers with Mish, then Linear, or NormedLinear with output_activation."""
 
     def __init__(
         self,
@@ -545,12 +545,12 @@ class MLP(nn.Module):
 
         On a CPU the heads are computed one after the other, so that the activations of a head stay in the cache.
         """
-        heads = len(self.layers[0].weight)
-        if heads == 1 or x.device.type != "cpu":
+        num_heads = len(self.layers[0].weight)
+        if num_heads == 1 or x.device.type != "cpu":
             return self.forward_heads(x, a, slice(None), dropout_mask)
         select = lambda y, head: y if y is None or len(y) == 1 else y[head]
         outputs = []
-        for h in range(heads):
+        for h in range(num_heads):
             head = slice(h, h + 1)
             outputs.append(self.forward_heads(select(x, head), select(a, head), head, select(dropout_mask, head)))
         return torch.cat(outputs)
@@ -630,7 +630,8 @@ def rollout_return(
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
     Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). A single step
-    from one z for all H heads has rewards (1, ...). After a predicted termination (probability above 0.5), all is 0.
+    from one z for all H heads has rewards (1, ...). With --episodic, terms after a predicted termination (probability
+    above 0.5) are 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -2869,13 +2870,13 @@ def print_error(error: Exception | str) -> None:
 
 
 def open_standard_descriptors() -> None:
-    """Open /dev/null for standard input, output and error if they are closed.
+    """Open /dev/null for standard input, output and error if they are closed, also in child processes.
 
-    Otherwise, later files would get their numbers: in the memory of the observations, for example, messages would
-    appear.
+    Otherwise files that are opened later would get these descriptors, and messages would be written into them: into the
+    shared memory of the observations, for example.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 

@@ -11,8 +11,10 @@
 #   --export DIR     with --report: copy the curves, commands and versions of the finished runs to DIR, list the others
 #                    there, and write the report there
 #   --axis AXIS      with --report: compare over decisions, updates or seconds; the last two write report_AXIS.md
-#   --slurm          submit a SLURM job array with one task per run
-#   --sbatch OPTIONS with --slurm: options for sbatch, such as "--partition=gpu --gres=gpu:1 --time=24:00:00"
+#   --slurm          submit a SLURM job array with one task per run. Submit again only when the first array has left the
+#                    queue: tasks that wait there are not recognized
+#   --sbatch OPTIONS with --slurm: options for sbatch, such as
+#                    "--partition=gpu --gres=gpu:1 --cpus-per-task=6 --mem=24G --time=24:00:00"
 #   --seeds 1,2,3    use these seeds instead of those in the sweeps and their settings
 #   --jobs N         run at most N runs at a time (default: 1, or one per GPU of --gpus; with --slurm: no limit)
 #   --gpus 0,1,...   distribute the runs on this machine over these GPUs
@@ -28,7 +30,6 @@
 # Exit codes, also of --status: 0 all runs are done; 1 a run failed; 2 invalid input; 75 some runs are unfinished, and
 # the same command resumes them.
 set -euo pipefail
-shopt -s nullglob
 
 project_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 sweep_list=$project_dir/sweep_list
@@ -51,26 +52,26 @@ switch() { if [[ $2 == on ]]; then echo "--$1"; else echo "--no-$1"; fi; }
 
 # run SCRIPT CONFIGURATION FLAG...: add one run per seed to the list.
 run() {
-  local script=$1 configuration=$2 run_name=${sweep}__$2 task steps directory_prefix seed directory command record
+  local script=$1 configuration=$2 run_name=${sweep}__$2 task steps seed key directory command record
   shift 2
   task=$(flag_value 'task|env[-_]id' "${common_flags[@]}" "$@" "${extra_flags[@]}")
   steps=$(flag_value 'steps|total[-_]timesteps' "${common_flags[@]}" "$@" "${extra_flags[@]}")
   steps=${steps//_/}  # the scripts read 200_000, too
   [[ $task && $steps =~ ^[0-9]+$ ]] || die "$sweep: each run needs --task and --steps, a whole number"
   ((${#seed_list[@]})) || die "$sweep has no seeds; add the line 'seeds 1 2' to its sweep.sh, or use --seeds 1,2"
-  directory_prefix=runs/$(directory_task_name "$task")__$(basename "$script" .py)
-  [[ $project_dir -ef $PWD ]] || script=$project_dir/$script
+  task=$(directory_task_name "$task")
   for seed in "${seed_list[@]}"; do
-    directory=${directory_prefix}__${seed}__$run_name
-    printf -v command ' %q' "$python" "$script" "${common_flags[@]}" --seed "$seed" --run-name "$run_name" "$@" \
+    directory=runs/${task}__$(basename "$script" .py)__${seed}__$run_name
+    key="$task $seed $run_name"  # without the script: the report does not tell apart what two scripts call the same
+    printf -v command ' %q' "$python" "$script_dir$script" "${common_flags[@]}" --seed "$seed" --run-name "$run_name" "$@" \
       "${extra_flags[@]}"
     command=${command# }
-    if [[ ! ${command_of[$directory]-} ]]; then
+    if [[ ! ${command_of[$key]-} ]]; then
       printf -v record '%s\t' "$directory" "$steps" "$sweep" "$baseline" "$configuration" "$seed" "$sweep_question"
       records+=("$record$command")
-      command_of[$directory]=$command
-    elif [[ ${command_of[$directory]} != "$command" ]]; then
-      die "two configurations of $sweep share the run directory $directory; give them different names"
+      command_of[$key]=$command
+    elif [[ ${command_of[$key]} != "$command" ]]; then
+      die "two configurations of $sweep have the name $configuration; give them different names"
     fi  # otherwise its sweep was named twice
   done
 }
@@ -87,8 +88,8 @@ include() {
   [[ $found ]] || die "$sweep includes ${*}, which is not in $sweep_list; name a GROUP or a GROUP and a SWEEP of it"
 }
 
-# Read a sweep.sh. It may also set `baseline`, the sweep whose configuration `baseline` it is compared with, and `sweep`,
-# its own name.
+# Read a sweep.sh. It may also set `baseline`, the sweep whose configuration `baseline` it is compared with. A line
+# `sweep=NAME run ...` adds a run that belongs to the sweep NAME.
 read_sweep() {  # FILE [PREFIX]
   local folder=${1%/*} common_flags=("${common_flags[@]}") seed_list=("${seed_list[@]}")
   local sweep=${2-}${folder##*/} sweep_question=${2-}${folder##*/}
@@ -137,6 +138,8 @@ execute_run() {  # RECORD
   trap 'stopped=1; [[ ! $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
   cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}  # runs at a time share the cores
+  # With a GPU of its own, a run that cannot use it should fail rather than train on the CPU for days
+  if [[ ${CUDA_VISIBLE_DEVICES-} =~ ^([0-9]|GPU-|MIG-) && $command != *' --device'* ]]; then command+=' --device cuda'; fi
   printf '\n== %(%F %T)T  %s\n' -1 "$command" >>"$log"
   say "start      $name"
   size=$(wc -c <"$log")
@@ -244,10 +247,13 @@ split_list() {  # ARRAY TEXT ELEMENT
 
 # Append the folder of the sweep NAME to `folders`, or those of the whole plan if NAME is `all`.
 find_sweep() {  # NAME
-  local sweeps=("$sweep_list"/*/*/sweep.sh) matches
+  local sweeps matches
+  shopt -s nullglob
+  sweeps=("$sweep_list"/*/*/sweep.sh)
   matches=("$sweep_list"/*/"$1"/sweep.sh)
   ((${#matches[@]})) || matches=("$sweep_list"/*/"$1"_*/sweep.sh)
-  [[ $1 != all ]] || matches=("$sweep_list"/7_bmpc_equivalence/[!1]*/sweep.sh)
+  [[ $1 != all ]] || matches=("$sweep_list"/7_bmpc_equivalence/{[!1],1[!_]}*/sweep.sh)
+  shopt -u nullglob
   matches=("${matches[@]%/sweep.sh}")
   folders+=("${matches[@]}")
   [[ ${#matches[@]} != 1 && $1 != all ]] || return 0
@@ -318,8 +324,12 @@ python=${PYTHON:-python}
 if [[ ! ${PYTHON-} ]] && ! type -P python >/dev/null && type -P python3 >/dev/null; then python=python3; fi
 [[ $mode == dry-run ]] || check_python
 
+# A sweep.sh that uses one of these names fails
+readonly mode python folders names extra_flags gpus given_seeds
+script_dir=''              # of the scripts in the commands
+[[ $project_dir -ef $PWD ]] || script_dir=$project_dir/
 records=()                # one per run: the fields that `run` writes, separated by tabs
-declare -A command_of=()  # the command of each run directory
+declare -A command_of=()  # task, seed and run name -> command
 for folder in "${folders[@]}"; do
   group=${folder%/*}
   common_flags=()
@@ -336,8 +346,8 @@ case $mode in
   report) report ${SWEEPS_EXPORT:+--export "$SWEEPS_EXPORT"} ${SWEEPS_AXIS:+--axis "$SWEEPS_AXIS"} ;;
   run | slurm)
     mkdir -p runs/logs
-    unfinished=$(report --due)
-    [[ $unfinished ]] || exit_with_counts
-    readarray -t unfinished <<<"$unfinished"
+    due=$(report --due)
+    [[ $due ]] || exit_with_counts
+    readarray -t unfinished <<<"$due"
     if [[ $mode == slurm ]]; then submit_array; else run_here; fi ;;
 esac

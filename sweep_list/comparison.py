@@ -34,7 +34,7 @@ def to_axis(run: Run, curve: np.ndarray, axis: str) -> np.ndarray:  # (n, 2) -> 
         x = derived_updates(run, steps)
     else:
         return curve[:0]
-    return np.column_stack([x, curve[:, 1]])[np.append(np.diff(x) > 0, [True] * (len(x) > 0))]
+    return np.column_stack([x, curve[:, 1]])[np.append(np.diff(x) > 0, True)]
 
 
 def family(run: Run, sweeps: set[str]) -> tuple[str, str]:
@@ -153,12 +153,16 @@ class Difference:
     low: float  # Welch's 95 % confidence interval
     high: float
     p: float  # Welch's t-test; `group_runs` applies Holm's correction
-    learned: float = math.nan  # mean area of the baseline above its first evaluation
+    base_learned: float = math.nan  # mean area of the baseline above its first evaluation
     simultaneous: tuple[float, float] = (math.nan, math.nan)  # Dunnett's interval: 95 % for all configurations at once
 
     @property
+    def estimate(self) -> float:
+        return float(self.values.mean() - self.base.mean())
+
+    @property
     def interval(self) -> tuple[float, float, float]:  # estimate, low, high
-        return float(self.values.mean() - self.base.mean()), self.low, self.high
+        return self.estimate, self.low, self.high
 
     def percent(self, value: float | np.ndarray) -> float | np.ndarray:
         """Return a value in % of the baseline's mean; nan if that is 0."""
@@ -171,7 +175,7 @@ class Difference:
     @property
     def of_learned(self) -> str:
         """Return the difference in % of the baseline's area above its first evaluation."""
-        unit = self.learned / 100 if self.learned > 0 else math.nan
+        unit = self.base_learned / 100 if self.base_learned > 0 else math.nan
         return with_interval(*(value / unit for value in self.interval))
 
     @property
@@ -181,7 +185,7 @@ class Difference:
             return "not resolved"
         if self.simultaneous[0] <= 0 <= self.simultaneous[1]:
             return "depends on the test"
-        return "better" if self.interval[0] > 0 else "worse"
+        return "better" if self.estimate > 0 else "worse"
 
     def __str__(self) -> str:
         return with_interval(*self.interval)
@@ -299,7 +303,7 @@ def group_runs(runs: list[Run]) -> dict[str, list[Group]]:  # sweep -> one group
                     difference = group.differences[name][configuration] = welch(values, base)
                     families.setdefault((group.baseline[0].sweep, group.task), []).append(difference)
                     if name == PRIMARY:
-                        difference.learned = float(measured(group.baseline, learned).mean())
+                        difference.base_learned = float(measured(group.baseline, learned).mean())
         found = [difference for differences in families.values() for difference in differences]
         for difference, p in zip(found, holm([difference.p for difference in found]), strict=True):
             difference.p = p

@@ -86,7 +86,7 @@ def print_status(runs: list[Run]) -> int:
     states = [state_of(run) for run in runs]
     for run, state in zip(runs, states, strict=True):
         returns, speed = run.curve() if len(run.curve()) else run.curve(TRAINING), run.curve(SPEED)
-        step = int(max((points[-1, 0] for points in run.metrics.values()), default=0))
+        step = int(max((points[-1, 0] for points in run.metrics.values() if len(points)), default=0))
         last_return = f"{returns[-1, 1]:.1f}" if len(returns) else "-"
         eta = "-"
         if state == "running" and len(speed) and speed[-1, 1] > 0:
@@ -100,7 +100,10 @@ def print_status(runs: list[Run]) -> int:
 
 
 def print_due(runs: list[Run], lines: list[str]) -> None:
-    """Print the lines of the runs to start: all that are not finished, damaged ones too; the script decides there."""
+    """Print the lines of the runs to start: all that are not finished.
+
+    If a damaged run is not finished, its script resumes or refuses it.
+    """
     print(f"{sum(run.done for run in runs)} of {len(runs)} runs are done and skipped", file=sys.stderr)
     for run, line in zip(runs, lines, strict=True):
         if run.damage:
@@ -171,7 +174,14 @@ def repetition_check(group: Group) -> list[str]:
 
 def summary(groups: list[Group]) -> str:
     """Return a table with a row for each question: the answers, and the configuration with the highest estimate."""
-    header = ["question", "answer", "highest estimate", "difference, % of area", "% above first evaluation", "seeds"]
+    header = [
+        "question",
+        "answer",
+        "highest estimate",
+        "difference, % of area",
+        "% of area above first evaluation",
+        "seeds",
+    ]
     rows = [header, ["---"] * len(header)]
     for group in groups:
         differences = group.differences[PRIMARY]
@@ -181,7 +191,7 @@ def summary(groups: list[Group]) -> str:
         unresolved = verdicts.pop("not resolved", [])
         words = [f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items()]
         words += ["not resolved" + (": the others" if words else "")] if unresolved else []
-        name, best = max(differences.items(), key=lambda item: item[1].interval[0])
+        name, best = max(differences.items(), key=lambda item: item[1].estimate)
         text = "; ".join(unfinished(group) or words)
         seeds = f"{len(best.values)}, baseline {len(best.base)}"
         rows.append([f"{group.question} ({group.task})", text, f"`{name}`", best.of_area, best.of_learned, seeds])
@@ -297,18 +307,20 @@ mean of the last three evaluations. ± is half a 95 % t-interval. Decisions a se
 random warm-up; rough, since other work on the machine changes it."""
 
 ABOUT_COMPARISONS = """\
-Forest plot: a dot is a seed, a diamond the estimate, a line its interval. After the semicolon: the difference to the
-baseline, its 95 % interval and p by Welch's t-test. Where it is given in %, the unit is the observed mean of the
-baseline, whose own uncertainty is not included: its area, or, as the first evaluation may owe nothing to learning, its
-area above that of its first evaluation. p is corrected by Holm for all configurations of this page, each measure by
-itself. The area under the planner's curve decides: *better* or *worse* if p is at most 0.05, else *not resolved*; the
-interval says which differences remain possible. The simultaneous interval is Dunnett's: in 95 % of experiments all of
-them contain their true differences at once, if all configurations have the same spread. Where it contains 0 although p
-is at most 0.05, the answer *depends on the test*."""
+Forest plot: a dot is a seed, a diamond the estimate, a line its interval. In the tables, after the semicolon: the
+difference to the baseline, its 95 % interval and p by Welch's t-test. Where a difference is given in %, the unit is
+the observed mean area of the baseline, whose own uncertainty is not included, or the part of this area that lies above
+the baseline's first evaluation, which may owe nothing to learning. p is corrected by Holm for all configurations of
+this page, each measure by itself. The area under the planner's curve decides: *better* or *worse* if p is at most
+0.05, else *not resolved*; the interval says which differences remain possible. The highest of several estimates is too
+high on average. The simultaneous interval is Dunnett's: in 95 % of experiments all of those with the same task and
+baseline contain their true differences at once, if all configurations have the same spread. Where it contains 0
+although p is at most 0.05, the answer *depends on the test*."""
 
 ABOUT_SEVERAL_TASKS = """\
-IQM: interquartile mean over tasks and seeds. Probability of improvement: that a seed beats one of the baseline on the
-same task. Both as in Agarwal et al. (2021), with 95 % bootstrap intervals, seeds resampled within each task."""
+IQM: interquartile mean over tasks and seeds. Probability of improvement: that a seed beats one of the baseline on
+the same task. Both as in Agarwal et al. (2021), with 95 % bootstrap intervals, seeds resampled within each task;
+with fewer than five seeds these intervals are too narrow."""
 
 
 def main() -> int:

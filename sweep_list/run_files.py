@@ -92,8 +92,12 @@ def read_run(line: str) -> Run:
     for file in (folder / "args.json", folder / "metrics.csv"):
         if finished and not file.exists():
             problems.append(f"{file}: missing")
-    if "num_envs" in args:  # a run that is being extended, or was stopped then, has entries of later steps
-        finished |= any(points[-1, 0] >= int(steps) + args["num_envs"] for points in metrics.values())
+    if "num_envs" in args:
+        # While a run is extended it has no finished.json, but entries beyond `steps`; the last decisions of a run with
+        # `steps` may exceed them by num_envs - 1. Entries beyond are not compared
+        last = int(steps) + args["num_envs"] - 1
+        finished |= any(points[-1, 0] > last for points in metrics.values())
+        metrics = {tag: points[points[:, 0] <= last] for tag, points in metrics.items()}
     return Run(
         directory=folder,
         steps=int(steps),

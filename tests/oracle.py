@@ -29,7 +29,7 @@ def normed_linear(layer, head, x, dropout_mask, activation):
 
 
 def network(net, head, x, dropout_mask=None):
-    """Apply one head of a stack of networks to x (..., in). `dropout_mask` belongs to the first layer."""
+    """Apply one head of an ensemble of networks to x (..., in). `dropout_mask` belongs to the first layer."""
     *hidden, last = net.layers
     for layer in hidden:
         x = normed_linear(layer, head, x, dropout_mask, "mish")

@@ -25,7 +25,8 @@ PAGES = {ROOT / "README.md": TEXT, ROOT / "results/README.md": (ROOT / "results/
 BOTH = "\n".join(PAGES.values())
 SOURCE = "".join((ROOT / script).read_text() for script in SCRIPTS)
 BLOCKS = [line for block in re.findall(r"```bash\n(.*?)```", BOTH, re.S) for line in block.splitlines()]
-INLINE = re.findall(r"`([^`\n]+)`", BOTH)
+# A command may continue on the next line
+INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", BOTH, flags=re.S))]
 COMMANDS = [code for code in INLINE if re.match(r"(python3?|bash|pip|diff|tensorboard|apt-get) .*[^ ]", code)]
 COMMANDS += [f"python bmpc.py {code}" for code in INLINE if re.match(r"--task .", code)]
 COMMANDS = [part.strip() for line in BLOCKS + COMMANDS for part in line.split("#")[0].split("&&") if part.strip()]

@@ -135,17 +135,23 @@ def check_exact_resume(cwd, moments, *flags, **options):
     check_log(cwd / "killed")
 
 
-SIBLINGS = {  # bmpc_dual_policy.py contains all of bmpc_multihead.py
-    "bmpc_dual_policy": "--planner-num-dynamics-heads 2 --local-td-bootstrap --dual-policy-enabled "
-    "--td-target-use-ema-policy",
-    "tdmpc2": "",
+SIBLINGS = {  # flags, and the second kill; bmpc_dual_policy.py contains all of bmpc_multihead.py
+    "bmpc_dual_policy": (
+        "--planner-num-dynamics-heads 2 --local-td-bootstrap --dual-policy-enabled --td-target-use-ema-policy "
+        "--no-initial-expert-from-behavior",
+        ("make_expert", 2, "reanalyze"),
+    ),
+    "tdmpc2": ("", ("run_planner", 3, "evaluate")),
 }
 
 
 @pytest.mark.parametrize("script", SIBLINGS)
 def test_killed_runs_of_siblings_resume_exactly(tmp_path, script):
-    flags = [*TOY, *SIBLINGS[script].split()]
-    check_exact_resume(tmp_path, [("strike", "SIGKILL", "update", 45)], *flags, task="toy:Toy-v0", script=script)
+    """The replay buffer is full after half of the run."""
+    flags, second = SIBLINGS[script]
+    moments = [("strike", "SIGKILL", "update", 45), ("strike", "SIGKILL", *second)]
+    flags = [*TOY, "--eval-freq", 40, "--buffer-size", 40, *flags.split()]
+    check_exact_resume(tmp_path, moments, *flags, task="toy:Toy-v0", script=script)
 
 
 STOP_MOMENTS = [
@@ -153,6 +159,7 @@ STOP_MOMENTS = [
     ("SIGTERM", "update", 9),  # pretraining
     ("SIGINT", "update", 20),  # between the updates of one step
     ("SIGINT", "Envs.step_wait", 25, "evaluate"),  # with the policy alone
+    ("SIGUSR1", "save_checkpoint", 1),
     ("SIGTERM", "derive_seed", 1, "start_run_episodes"),
 ]
 
@@ -466,8 +473,9 @@ def test_evaluating_a_checkpoint(reference, resumable):
 
 
 def test_missing_optional_dependencies(tmp_path):
-    """Without a compiler, wandb, a renderer and imageio, a run warns and continues. It learns the same, also when it is
-    profiled.
+    """Without a compiler, wandb, a renderer and imageio, a run warns and continues.
+
+    With the flags that need them, and with --profile, it learns exactly what it learns without these flags.
     """
     environ = {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     options = {"environ": environ, "moments": [("hide", "wandb"), ("hide", "imageio.v2", "evaluate", 2)]}

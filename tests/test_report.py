@@ -42,11 +42,23 @@ class Runs:
     def __init__(self, folder):
         self.folder, self.lines = folder, []
 
-    def run(self, sweep, configuration, seed, curve=(), done=True, task="dog-run", steps=STEPS, tags=None, **args):
-        """`tags`: further tags of the log and their values; `args`: further entries of args.json."""
+    def run(
+        self,
+        sweep,
+        configuration,
+        seed,
+        curve=(),
+        done=True,
+        task="dog-run",
+        steps=STEPS,
+        length=400,
+        tags=None,
+        **args,
+    ):
+        """`length`: decisions; `tags`: further tags of the log and their values; `args`: more entries of args.json."""
         directory = self.folder / "runs" / f"{task}__bmpc__{seed}__{sweep}__{configuration}"
         baseline, command = re.sub(r"2[a-h]_\w+$", "1_test", sweep), f"/bin/python {ROOT}/bmpc.py --x 2"
-        fields = [directory, 400, sweep, baseline, configuration, seed, "Is it better?", command]
+        fields = [directory, length, sweep, baseline, configuration, seed, "Is it better?", command]
         self.lines.append("\t".join(map(str, fields)) + "\n")
         if not len(curve):
             return directory
@@ -56,7 +68,7 @@ class Runs:
         (directory / "metrics.csv").write_text("".join([HEADER, *rows]))
         written = {"args": {"action_repeat": 2, "model_size": 1, "learning_starts": 100, "num_envs": 4} | args}
         written["versions"] = [{"torch": "1"}, {"command": ["bmpc.py"], "torch": "2", "git_commit": "abc"}]
-        written["finished"] = {"global_step": 400, "total_timesteps": 400 if done else 100}
+        written["finished"] = {"global_step": length, "total_timesteps": length if done else length // 4}
         for name, value in written.items():
             (directory / f"{name}.json").write_text(json.dumps(value))
         return directory
@@ -181,9 +193,9 @@ def test_the_words(p, simultaneous, verdict):
 
 
 def test_a_difference_in_percent_of_the_area_and_of_what_is_learned():
-    one = comparison.Difference(np.array([110.0, 130]), np.array([90.0, 110]), 5, 35, 0.01, learned=40)
+    one = comparison.Difference(np.array([110.0, 130]), np.array([90.0, 110]), 5, 35, 0.01, base_learned=40)
     assert (one.of_area, one.of_learned) == ("+20.0 [+5.0, +35.0]", "+50.0 [+12.5, +87.5]")
-    assert dataclasses.replace(one, learned=-1).of_learned == "-"
+    assert dataclasses.replace(one, base_learned=-1).of_learned == "-"
 
 
 def test_interquartile_mean_and_probability_of_improvement_by_hand():
@@ -269,6 +281,9 @@ def test_a_sweep_may_contain_its_baseline_and_compare_scripts_on_several_tasks(l
     )
     groups = lab.groups("0_scripts")
     assert [list(group.configurations) for group in groups] == [["tdmpc2"]] * 3
+    (lab.folder / "figures").mkdir()
+    page = report.page(lab.read(), lab.folder)
+    assert page.count("IQM: interquartile") == page.count("corrected by Holm") == 1
     _, table = report.over_tasks(groups)
     assert "| `tdmpc2` | 2 | 0.228 [0.22" in table and "| 0.453 [0.45" in table and "| 0.000 [0.000, 0.000] |" in table
     assert report.over_tasks(groups[:1]) == []
@@ -346,7 +361,7 @@ def test_an_axis_ends_at_the_largest_value_that_all_reach(lab, axis, tag):
     grid = [0, 1000, 2000, 3000, 4000]
     assert curves["baseline"] == [[x, x / 100] for x in grid] and curves["utd_ratio_2"] == [[x, x / 200] for x in grid]
     groups = comparison.group_runs(runs)["2a_utd"]
-    assert groups[0].differences[PRIMARY]["utd_ratio_2"].interval[0] == pytest.approx(-10)
+    assert groups[0].differences[PRIMARY]["utd_ratio_2"].estimate == pytest.approx(-10)
     decisions, notes = comparison.over_axis(lab.read(), "decisions")
     assert notes == [] and [run.curve().tolist() for run in decisions] == [run.curve().tolist() for run in lab.read()]
 
@@ -356,7 +371,7 @@ def test_a_single_evaluation_is_compared_on_every_axis(lab):
         for sweep in ("1_test", "2a_utd"):
             lab.run(sweep, "baseline", seed, [seed], tags={"charts/updates": [700]})
     runs, _ = comparison.over_axis(lab.read(), "updates")
-    assert comparison.group_runs(runs)["2a_utd"][0].differences[PRIMARY]["baseline"].interval[0] == 0
+    assert comparison.group_runs(runs)["2a_utd"][0].differences[PRIMARY]["baseline"].estimate == 0
 
 
 def test_runs_without_a_common_range_are_not_compared(lab):
@@ -382,8 +397,8 @@ def test_a_curve_is_the_mean_of_finished_seeds(lab):
 
 def test_longer_runs_are_cut_where_the_others_end(lab):
     for seed in (1, 2):
-        lab.run("1_test", "baseline", seed, [0, 10, 20, 30, 40], steps=[0, 200, 400, 600, 800])
-        lab.run("2a_utd", "short", seed, [0, 10, 20, 30, 40], steps=[0, 100, 200, 300, 500])
+        lab.run("1_test", "baseline", seed, [0, 10, 20, 30, 40], steps=[0, 200, 400, 600, 800], length=800)
+        lab.run("2a_utd", "short", seed, [0, 10, 20, 30, 40], steps=[0, 100, 200, 300, 500], length=500)
     runs, (note,) = comparison.over_axis(lab.read(), "decisions")
     assert note == "1_test, dog-run: compared from 0 to 500 decisions."
     assert runs[0].curve().tolist() == [[0, 0], [200, 10], [400, 20], [500, 25]] and len(runs[1].curve()) == 5
@@ -401,7 +416,7 @@ def test_seconds_that_no_log_has_are_said(lab):
 
 def test_published_curves_stand_beside_full_size_runs_alone(lab):
     """At 2 x 100 000 env steps; between published points, and up to the last of them."""
-    full = {"model_size": 5, "preset": "full"}
+    full = {"model_size": 5, "preset": "full", "length": 100_000}
     steps = [0, 25_000, 50_000, 75_000, 100_000]
     lab.seeds("1_test", "baseline", 200, 210, steps=steps, **full)
     _, table = report.beside_published(*lab.groups("1_test"))
@@ -637,6 +652,21 @@ def exported(name):
 
 
 @functools.cache
+def test_a_page_explains_only_what_it_uses():
+    explained = lambda folder: (
+        (ROOT / "results" / folder / "report.md").read_text(encoding="utf-8").split("## How to")[1]
+    )
+    assert "Holm" not in explained("baseline")
+    assert "Holm" in explained("ablations") and "IQM" not in explained("ablations")
+
+
+def test_entries_beyond_the_length_of_a_sweep_are_not_compared(lab):
+    """A run of 400 decisions was extended to 600; with 4 environments it may end at 403."""
+    lab.run("1_test", "baseline", 1, [0, 10, 20, 30, 90, 90], steps=(0, 100, 200, 403, 500, 600))
+    (run,) = lab.read()
+    assert run.done and run.curve().tolist() == [[0, 0], [100, 10], [200, 20], [403, 30]]
+
+
 def answers():
     """By the number of their sweep: the groups of the plan's questions, and that of 3a."""
     sweeps = comparison.group_runs(exported("ablations")) | comparison.group_runs(exported("3a_combined"))
@@ -654,7 +684,7 @@ def test_readme_answers_each_question_in_a_sentence():
     assert [row[0] for row in rows] == ["2a", "2b", "2c", "2d", "2e", "2f", "2g", "2h", "3a"]
     for number, sentence, difference in rows:
         found = answers()[number].differences[PRIMARY]
-        name, best = max(found.items(), key=lambda item: item[1].interval[0])
+        name, best = max(found.items(), key=lambda item: item[1].estimate)
         assert [best.verdict] == re.findall(r"\*\*(.+?)\*\*", sentence) and f"`{name}`" in sentence, sentence
         seeds = (10, 10) if number == "3a" else (8, 30)
         assert (len(best.values), len(best.base)) == seeds and difference == best.of_area, sentence
@@ -678,7 +708,7 @@ def test_results_readme_has_the_numbers_of_the_plan_s_questions():
     percent = lambda one: one.of_area.replace(" ", " % ", 1)
     one = utd["utd_ratio_4"]
     assert f"{percent(one)} of the baseline's area, p {one.p:.2g}." in text
-    first = one.base.mean() - one.learned
+    first = one.base.mean() - one.base_learned
     words = "of which the first evaluation, before the policy has learned, has"
     assert f"{one.base.mean():.0f} (a mean return), {words} {first:.0f}." in text
     assert f"the difference is {one.of_learned.replace(' ', ' % ', 1)}." in text
@@ -711,14 +741,17 @@ def test_both_readmes_say_what_equal_compute_gives():
     at_end = [np.mean([run.curve()[-1, 1] for run in side]) for side in (own, base)]
     one = comparison.welch(*(comparison.measured(side, comparison.area_under_curve) for side in (own, base)))
     low, high = (-one.percent(x) for x in one.interval[1:])
-    lower = f"and its area is {-one.percent(one.interval[0]):.1f} % [{high:.1f}, {low:.1f}] lower"
+    lower = f"and its area is {-one.percent(one.estimate):.1f} % [{high:.1f}, {low:.1f}] lower"
     returns = "has a return of {:.0f} where the baseline has {:.0f}".format(*at_end)
     for text in (results_readme().replace(" (interpolated between evaluations)", ""), README):
         assert f"{returns}, {lower}" in re.sub(r"\s+", " ", text)
     runs, notes = comparison.over_axis(exported("3a_combined"), "updates")
     combined = comparison.group_runs(runs)["0_3a_combined"][0].differences[PRIMARY]["combined"]
     assert notes[0].endswith("from 1,000 to 10,000 updates.")
-    assert f"10 000 at most, it has learned less, too: {combined.of_area.replace(' ', ' % ', 1)} (" in results_readme()
+    less = (
+        f"compared up to 10 000, it has also learned less than the baseline: {combined.of_area.replace(' ', ' % ', 1)}"
+    )
+    assert less in results_readme()
 
 
 def test_both_readmes_say_how_wide_parity_is():
@@ -808,17 +841,19 @@ def test_results_readme_has_the_answer_of_dog_run():
     )
     levels = f"has {theirs[3]:.0f} after 20 000 steps, less than each of our eight (mean {means[0][3]:.0f})."
     assert levels in re.sub(r"\s+", " ", README) and (theirs < ours.min(0)).all()
-    half = comparison.half_interval(ours) * math.sqrt(len(ours) + 1)  # of a further seed
-    low, high = means[0] - half, means[0] + half
-    assert (theirs < low).tolist() == [False, True, True, True]
-    areas = ours @ [1 / 6, 1 / 3, 1 / 3, 1 / 6]
-    area = theirs @ [1 / 6, 1 / 3, 1 / 3, 1 / 6]
-    t = (area - areas.mean()) / areas.std(ddof=1) / math.sqrt(1 + 1 / len(ours))
-    p = 2 * scipy.stats.t.cdf(t, len(ours) - 1)
-    interval = (
-        f"(at 20 000 [{low[3]:.1f}, {high[3]:.1f}]; area up to there {area:.1f}, ours {areas.mean():.1f}, p {p:.1g})"
-    )
-    assert interval in results_readme()
+    mean_return = lambda returns: returns @ [1 / 6, 1 / 3, 1 / 3, 1 / 6]  # the area by trapezoids
+    earlier = np.array([run.curve()[1::2, 1] for run in exported("dog_run")])  # two seeds, at the same decisions
+    area, areas, earlier_areas = mean_return(theirs), mean_return(ours), mean_return(earlier)
+
+    def p(areas):  # of a further seed
+        t = (area - areas.mean()) / areas.std(ddof=1) / math.sqrt(1 + 1 / len(areas))
+        return 2 * scipy.stats.t.cdf(t, len(areas) - 1)
+
+    text = f"is {area:.1f}, ours {areas.mean():.1f} (p {p(areas):.1g} for a further seed of ours; not planned)."
+    assert text in results_readme()
+    with_earlier = p(np.append(areas, earlier_areas))
+    text = "have {:.1f} and {:.1f}; with them p is {:.1g}.".format(*earlier_areas, with_earlier)
+    assert text in results_readme()
     runs, notes = comparison.over_axis(exported("dog_run_25k"), "seconds")
     assert notes[0].endswith("compared from 1,423 to 2,446 seconds.") and "from 1 423 s to 2 446 s" in results_readme()
     (group,) = comparison.group_runs(runs)["0_dog_run_25k"]

@@ -229,10 +229,11 @@ def meta(monkeypatch):
     "script, flags",
     [
         (bmpc, ALL_FLAGS | dict(reanalyze_interval=1)),
+        (bmpc_multihead, ALL_FLAGS | HEADS | dict(reanalyze_interval=1, reanalyze_value_std_coef=0.7)),
         (bmpc_dual_policy, ALL_FLAGS | HEADS | TWO_POLICIES | dict(reanalyze_interval=1)),
         (tdmpc2, dict(episodic=True, encoder_consistency_coef=0.1)),
     ],
-    ids=["bmpc", "dual", "tdmpc2"],  # bmpc_multihead.py has no other lines
+    ids=["bmpc", "multihead", "dual", "tdmpc2"],
 )
 def test_no_synchronization(meta, script, flags):
     """With all flags that add work, and also after the replay buffer is full and windows become invalid."""

@@ -256,6 +256,20 @@ def test_a_complete_name_is_preferred_to_the_beginning_of_another(lab):
     assert [re.search("--run-name (2a.*?)__", line)[1] for line in lines] == ["2a", "2a_utd", "2a_utd"]
 
 
+def test_all_includes_each_sweep_of_the_plan_s_group_but_its_baseline(lab):
+    lab.add_sweep("run bmpc.py mine", "10_mine")
+    assert sum("10_mine" in line for line in lab.dry_run("all")) == 2 and len(lab.dry_run("all")) == 48
+
+
+def test_patterns_and_variables_of_a_sweep(lab):
+    """An unquoted pattern is not lost; a variable that sweeps.sh itself needs is refused."""
+    lab.add_sweep("include 7_bmpc_equivalence 2d*")
+    assert [re.search("--run-name (3a_combined__2d)", line) is None for line in lab.dry_run("3a")] == [False] * 2
+    lab.add_sweep("for mode in mean sum; do run bmpc.py $mode --kl-reduction $mode; done")
+    done = lab.run("3a", "--dry-run")
+    assert done.returncode != 0 and "mode: readonly variable" in done.stderr and done.stdout == ""
+
+
 def test_environment_variables_mean_the_same():
     flags = ["--task", "walker-walk", "--steps", "10", "--utd-ratio", "8"]
     by_arguments = Lab().dry_run("2a", "1_test", "--seeds", "4", "--", *flags)
@@ -325,9 +339,12 @@ SWEEP_MESSAGES = {  # a sweep.sh that is wrong -> the message, a sweep.sh that f
         "seeds 1 2\nrun bmpc.py one",
     ),
     "run bmpc.py one --horizon 2\nrun bmpc.py one --horizon 3": (
-        "two configurations of 3a_combined share the run directory runs/dog-run__bmpc__1__3a_combined__one;"
-        " give them different names",
+        "two configurations of 3a_combined have the name one; give them different names",
         "run bmpc.py one --horizon 2\nrun bmpc.py two --horizon 3",
+    ),
+    "run bmpc.py one\nrun tdmpc2.py one": (
+        "two configurations of 3a_combined have the name one; give them different names",
+        "run bmpc.py one\nrun tdmpc2.py two",
     ),
     "include 7_bmpc_equivalence 2z": (
         "3a_combined includes 7_bmpc_equivalence 2z, which is not in ...; name a GROUP or a GROUP and a SWEEP of it",
@@ -584,8 +601,11 @@ def test_jobs_share_gpus_and_threads(lab, options, cores, number, threads):
     begun = [starts(run)[0] for run in lab.wait_at_gate(number)]
     assert Counter(start["CUDA_VISIBLE_DEVICES"] for start in begun) == {"3": number // 2, "7": number // 2}
     assert [start["OMP_NUM_THREADS"] for start in begun] == [threads] * number
+    commands = [json.loads((run / "versions.json").read_text())[0]["command"] for run in lab.runs]
+    assert [command[-2:] for command in commands] == [["--device", "cuda"]] * number  # not the CPU without a word
     process.terminate()
     process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75
 
 
 # --- SLURM
@@ -614,6 +634,8 @@ def test_submission_to_slurm(lab):
         assert done.returncode == 0
     threads = [start["OMP_NUM_THREADS"] for run in lab.runs for start in starts(run)]
     assert Counter(threads) == {"5": 2, "3": 7}, "one start a run, with the threads given or those of its task"
+    assert {start["CUDA_VISIBLE_DEVICES"] for run in lab.runs for start in starts(run)} == {None}
+    assert not any("--device" in (run / "versions.json").read_text() for run in lab.runs)
     assert "9 runs: 9 done" in lab.run("2d", "2a", "--slurm", *options, **activated).stdout
 
 

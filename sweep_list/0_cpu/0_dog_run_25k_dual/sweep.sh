@@ -10,4 +10,6 @@ baseline=0_dog_run_25k
 run bmpc_dual_policy.py dual_policy "${reanalyze[@]}" \
   --planner-num-dynamics-heads 2 --ensemble-lr-scaling --planner-value-std-coef-train 1 \
   --local-td-bootstrap --dual-policy-enabled
+
+question "What does BMPC reach on dog-run, with small networks?"
 sweep=$baseline run bmpc.py baseline "${reanalyze[@]}" # the same runs

@@ -1,4 +1,4 @@
-"""Effects of each departure of the defaults from the official numbers, from the screening's exported runs.
+"""Effects of each departure of the defaults from the authors' hyperparameters, from the exported runs of the screening.
 
     python sweep_list/0_cpu/0_screening/effects.py results/screening
 

@@ -3,8 +3,9 @@
 # Q heads in tdmpc2.py, two V heads in bmpc.py. Everything else that has a size is the same.
 #
 # Sizes and seeds were fixed before the first run; the rest of this plan was written on 30 November 2026 at 22:47. By
-# then the baseline's five seeds and one of tdmpc2 on cartpole-swingup had been seen, one of tdmpc2 on cheetah-run and
-# on walker-walk, and, of an earlier commit, the baseline's seeds 1 to 3 on each task (results/baseline/).
+# then these had been seen: on cartpole-swingup, five seeds of the baseline and one of tdmpc2; on cheetah-run and
+# walker-walk, one seed of tdmpc2 each; and, of an earlier commit, seeds 1 to 3 of the baseline on each task
+# (results/baseline/).
 #
 # - All 50 runs are made at commit 9a8cee5. The number of seeds stays five, whatever is seen on the way.
 # - On each task the area under the planner's curve decides, by Welch's test with Holm's correction for five tasks.
