@@ -163,7 +163,7 @@ def test_what_the_two_commands_reach():
         rows = list(csv.DictReader(path.read_text().splitlines()))
         assert int(rows[-1]["global_step"]) == bmpc.PRESETS["small"]["total_timesteps"]
         means.append(sum(float(row["planner_return"]) for row in rows[-3:]) / 3)
-    reached = f"of {len(means)} seeds: {min(means):.0f} to {max(means):.0f} of 1 000"
+    reached = f"of {len(means)} runs: {min(means):.0f} to {max(means):.0f} of 1 000"
     assert f"Means of the last three evaluations {reached}" in TEXT
     published = csv.DictReader((ROOT / "results" / "published" / "dmc.csv").read_text().splitlines())
     env_steps = str(2 * bmpc.Args().total_timesteps)

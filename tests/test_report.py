@@ -792,11 +792,26 @@ def test_results_readme_has_the_newer_runs_of_the_small_baseline():
             finals.setdefault((run.configuration, commit), []).append(comparison.final_return(run.curve()))
     new, old = (np.array(finals["baseline", commit]) for commit in ("new", "old"))
     one = comparison.welch(new, old)
-    assert len(new) == len(old) == 3
-    numbers = "{:.1f}, {:.1f} and {:.1f}"
-    text = f"{numbers} with the planner, those of the table {numbers}: a difference of {{}}, p {{:.2g}} "
-    assert text.format(*new, *old, one, one.p) in results_readme() and one.p > 0.05
-    assert min(finals["tdmpc2", "new"]) > max(*new, *old)  # "above all six"
+    text = f"have {report.spread(new)} with the planner: {one} compared with the table, p {one.p:.2g} (Welch)"
+    assert (len(new), len(old)) == (5, 3) and text in results_readme() and one.p > 0.05
+
+
+def test_results_readme_has_the_easy_tasks():
+    runs = exported("tdmpc2")
+    text = results_readme()
+    assert text.count(f"{sum(run.done for run in runs)} of 50 runs") == 2 and len(runs) == 50
+    complete = [group for group in comparison.group_runs(runs)["0_tdmpc2"] if group.done]
+    assert [group.task for group in complete] == ["cartpole-swingup", "cheetah-run", "walker-walk"]
+    for group in complete:
+        area, final, policy = (group.differences[name]["tdmpc2"] for name in comparison.MEASURES)
+        one = comparison.welch(area.values, area.base)
+        cells = [report.spread(area.base), report.spread(area.values), f"{one}, p {one.p:.2g}"]
+        cells += [report.spread(final.base), report.spread(final.values)]
+        assert f"| {group.task} | 5, 5 | {' | '.join(cells)} |" in text
+        assert area.verdict == "not resolved" and policy.estimate < 0
+    assert f"a corrected p of {complete[0].differences[PRIMARY]['tdmpc2'].p:.1g}." in text
+    row = report.over_tasks(complete)[1].splitlines()[-1].split(" | ")
+    assert f"beats one of `bmpc.py` is {row[-1].removesuffix(' |')}." in text
 
 
 def test_the_identical_repetition_shows_what_other_hours_do_to_speed():
