@@ -1105,7 +1105,7 @@ class ReplayBuffer:
 
         With --no-torch-deterministic, such a row may get numbers from several of them.
         """
-        # Whole rows are copied: on CUDA, deterministic writing to some columns would copy the whole buffer
+        # Whole rows are written: on CUDA, deterministic index_put_ would first copy the columns of the whole buffer
         all_rows = self.rows.flatten(0, 1)
         rows = all_rows[index]
         for column, new in zip(self.split_rows(rows).expert, expert, strict=True):

@@ -11,8 +11,8 @@
 #   --export DIR     with --report: copy the curves, commands and versions of the finished runs to DIR, list the others
 #                    there, and write the report there
 #   --axis AXIS      with --report: compare over decisions, updates or seconds; the last two write report_AXIS.md
-#   --slurm          submit a SLURM job array with one task per run. Submit again only when the first array has left the
-#                    queue: tasks that wait there are not recognized
+#   --slurm          submit a SLURM job array with one task per run. Before you submit again, wait until the first array
+#                    has left the queue: tasks that wait there would be submitted twice
 #   --sbatch OPTIONS with --slurm: options for sbatch, such as
 #                    "--partition=gpu --gres=gpu:1 --cpus-per-task=6 --mem=24G --time=24:00:00"
 #   --seeds 1,2,3    use these seeds instead of those in the sweeps and their settings
@@ -62,9 +62,9 @@ run() {
   task=$(directory_task_name "$task")
   for seed in "${seed_list[@]}"; do
     directory=runs/${task}__$(basename "$script" .py)__${seed}__$run_name
-    key="$task $seed $run_name"  # without the script: the report does not tell apart what two scripts call the same
-    printf -v command ' %q' "$python" "$script_dir$script" "${common_flags[@]}" --seed "$seed" --run-name "$run_name" "$@" \
-      "${extra_flags[@]}"
+    key="$task $seed $run_name"  # without the script, since the report groups runs by configuration alone
+    printf -v command ' %q' "$python" "$script_dir$script" "${common_flags[@]}" --seed "$seed" \
+      --run-name "$run_name" "$@" "${extra_flags[@]}"
     command=${command# }
     if [[ ! ${command_of[$key]-} ]]; then
       printf -v record '%s\t' "$directory" "$steps" "$sweep" "$baseline" "$configuration" "$seed" "$sweep_question"
@@ -139,7 +139,9 @@ execute_run() {  # RECORD
   cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}  # runs at a time share the cores
   # With a GPU of its own, a run that cannot use it should fail rather than train on the CPU for days
-  if [[ ${CUDA_VISIBLE_DEVICES-} =~ ^([0-9]|GPU-|MIG-) && $command != *' --device'* ]]; then command+=' --device cuda'; fi
+  if [[ ${CUDA_VISIBLE_DEVICES-} =~ ^([0-9]|GPU-|MIG-) && $command != *' --device'* ]]; then
+    command+=' --device cuda'
+  fi
   printf '\n== %(%F %T)T  %s\n' -1 "$command" >>"$log"
   say "start      $name"
   size=$(wc -c <"$log")
@@ -324,10 +326,10 @@ python=${PYTHON:-python}
 if [[ ! ${PYTHON-} ]] && ! type -P python >/dev/null && type -P python3 >/dev/null; then python=python3; fi
 [[ $mode == dry-run ]] || check_python
 
-# A sweep.sh that uses one of these names fails
-readonly mode python folders names extra_flags gpus given_seeds
-script_dir=''              # of the scripts in the commands
+script_dir=''  # of the scripts in the commands; empty: the current directory
 [[ $project_dir -ef $PWD ]] || script_dir=$project_dir/
+# A sweep.sh that assigns one of these fails
+readonly mode python script_dir folders names extra_flags gpus given_seeds
 records=()                # one per run: the fields that `run` writes, separated by tabs
 declare -A command_of=()  # task, seed and run name -> command
 for folder in "${folders[@]}"; do

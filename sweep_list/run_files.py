@@ -93,8 +93,8 @@ def read_run(line: str) -> Run:
         if finished and not file.exists():
             problems.append(f"{file}: missing")
     if "num_envs" in args:
-        # While a run is extended it has no finished.json, but entries beyond `steps`; the last decisions of a run with
-        # `steps` may exceed them by num_envs - 1. Entries beyond are not compared
+        # The last vector step of a run may exceed `steps` by num_envs - 1 decisions. Entries of later steps belong to a
+        # run that was extended: it counts as finished, even while it has no finished.json, and they are left out
         last = int(steps) + args["num_envs"] - 1
         finished |= any(points[-1, 0] > last for points in metrics.values())
         metrics = {tag: points[points[:, 0] <= last] for tag, points in metrics.items()}

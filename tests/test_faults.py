@@ -406,6 +406,7 @@ def test_output_that_nobody_reads_ends_nothing(tmp_path):
 
     process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], **options)
     runs.patiently(lambda: any(row[0] > step for row in numbers(tmp_path)), process)
+    assert {os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)} == {"/dev/null"}
     process.send_signal(signal.SIGTERM)
     assert process.wait(runs.PATIENCE) == bmpc.EXIT_RESUMABLE
     state = checkpoint(tmp_path)

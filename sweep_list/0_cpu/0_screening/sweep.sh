@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Estimates what each departure of the defaults from the authors' hyperparameters changes: ten departures in twelve runs a
-# task. A Plackett-Burman design (Biometrika 33, 1946) sets each departure to the default in six runs and to the
+# Estimates what each departure of the defaults from the authors' hyperparameters changes: ten departures in twelve runs
+# a task. A Plackett-Burman design (Biometrika 33, 1946) sets each departure to the default in six runs and to the
 # official number in the other six, so every run informs on every departure. A configuration is named by the letters
 # of the departures that are at their default. The eleventh column, K, changes nothing and estimates the noise. Each
 # row has a seed of its own. effects.py computes the effects.

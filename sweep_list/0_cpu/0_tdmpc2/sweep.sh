@@ -8,8 +8,8 @@
 # (results/baseline/).
 #
 # - All 50 runs are made at commit 9a8cee5. The number of seeds stays five, whatever is seen on the way.
-# - On each task the area under the planner's curve decides, by Welch's test with Holm's correction for five tasks. (Where
-#   Student's interval contains 0 all the same, the report says that the answer depends on the test.)
+# - On each task the area under the planner's curve decides, by Welch's test with Holm's correction for five tasks.
+#   (Where Student's interval contains 0 all the same, the report says that the answer depends on the test.)
 # - Over all tasks the probability of improvement decides: tdmpc2 learns less if its 95 % bootstrap interval lies below
 #   0.5, more if it lies above. Tasks count equally. IQM, final return and the policy's area are reported beside it.
 question "Does TD-MPC2 learn less than BMPC at a small size?"
