@@ -167,7 +167,7 @@ class Args:
     evaluate: Resumable[str] = ""
     """RUN_DIR: evaluate the agent of this run, print mean and range of its returns, and exit"""
     preset: Literal["full", "small"] = "full"
-    """small: smaller networks and a shorter run, which learns an easy task on a CPU in 15 to 60 minutes. It sets the
+    """small: smaller networks and a shorter run, which learns an easy task on a CPU in 10 to 60 minutes. It sets the
     widths of all layers, whatever --model-size is (--help shows the defaults of full)"""
 
     # --- environment
