@@ -4,9 +4,9 @@ BMPC extends TD-MPC2 (Hansen et al., ICLR 2024, https://arxiv.org/abs/2310.16828
 latent states. A planner (MPPI) optimizes action sequences in latent space and selects every training action after a
 warm-up with random actions. A policy and a value function guide the planner: the value function predicts the return of
 the policy, and the policy imitates the planner. The target of the policy, called the expert, is a Gaussian over
-actions, stored in the replay buffer with each transition. By default, the first expert of a transition has the executed
-action as its mean, and the std of the plan. The reanalyze step plans again for some stored states and replaces their
-experts; the mean of a new one is the first action of the elite that the planner sampled.
+actions, stored in the replay buffer with each transition. By default, the mean of a transition's first expert is the
+executed action, and its std is that of the plan. The reanalyze step plans again for some stored states and replaces
+their experts; the mean of a new one is the first action of the elite that the planner sampled.
 
     python bmpc.py                                            # dog-run, 200 000 decisions, on a GPU if there is one
     python bmpc.py --task cheetah-run --seed 2 --utd-ratio 4  # another task, another seed, an ablation flag
@@ -23,7 +23,7 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     E  parallel environments          L  latent state
     S  states planned for at once     K  bins of a two-hot distribution
     N  candidate action sequences     Q  value heads
-    P  of them from the policy        H  dynamics heads (more than 1 in bmpc_multihead.py)
+    P  of them from the policy        H  dynamics heads (always 1 here)
     R  imagined rollouts per state    C  capacity of the replay buffer, in vector steps
 
 A decision is one action in one environment, the unit of --steps and global_step; a vector step is one decision in each
@@ -105,7 +105,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"  # marks an argument; those without this mark must stay the same
+RESUMABLE = "may change when a run is resumed"  # marks these arguments; all others must keep their values
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -160,7 +160,7 @@ class Args:
     """RUN_DIR: evaluate the agent of this run, print mean and range of its returns, and exit"""
     preset: Literal["full", "small"] = "full"
     """small: smaller networks and a shorter run, which learns an easy task on a CPU in 10 to 60 minutes. It sets the
-    widths of all layers, whatever --model-size is (--help shows the defaults of full)"""
+    widths of all layers and the number of value heads, whatever --model-size is (--help shows the defaults of full)"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
@@ -178,7 +178,7 @@ class Args:
     discount: UnitFloat | None = None
     """discount per decision; None: 1 - denom/n, clipped to [min, max], for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
-    """denom in the formula of the discount"""
+    """denom in the formula of the discount; like min and max, it has no effect with --discount"""
     discount_min: UnitFloat = 0.95
     """min in the formula of the discount"""
     discount_max: UnitFloat = 0.995
@@ -206,7 +206,7 @@ class Args:
     tau: UnitFloat = 0.01
     """step size of the target value heads, which are an exponential moving average (EMA) of the value heads"""
     rho: PositiveFloat = 0.5
-    """step t of a rollout has weight rho^t in every loss"""
+    """the weight of step t of a rollout is proportional to rho^t in every loss"""
     normalize_rho_weights: bool = True
     """scale the weights rho^t to a sum of 1; off: divide them by the number of steps (official)"""
     td_horizon: PositiveInt = 1
@@ -238,7 +238,7 @@ class Args:
     simnorm_dim: PositiveInt = 8
     """size of a SimNorm group (TD-MPC2)"""
     num_q: PositiveInt | None = None
-    """number of value heads (official: 2)"""
+    """number of value heads (official, JAX: 2)"""
     num_bins: PositiveInt = 101
     """bins of the two-hot distributions of rewards and values"""
     vmin: FiniteFloat = -10.0
@@ -266,7 +266,7 @@ class Args:
     num_pi_trajs: NonNegativeInt = 24
     """P: candidate sequences sampled from the policy"""
     min_std: PositiveFloat = 0.1
-    """minimum std of a plan (official: 0.05; JAX: 0)"""
+    """minimum std of a plan (official: 0.05; JAX: in effect 0.001)"""
     max_std: PositiveFloat = 2.0
     """initial and maximum std of a plan"""
     temperature: PositiveFloat = 0.5
@@ -276,8 +276,8 @@ class Args:
 
     # --- expert
     reanalyze_interval: NonNegativeInt = 10
-    """reanalyze once in this many updates; 0: never; transitions of the warm-up then keep their placeholder expert,
-    N(0, 1)"""
+    """reanalyze once in this many updates after pretraining; 0: never; transitions of the warm-up then keep their
+    placeholder expert, N(0, 1)"""
     reanalyze_batch_size: PositiveInt = 20
     """windows per call of reanalyze; it plans again for all T states of each"""
     reanalyze_horizon: PositiveInt | None = None
@@ -330,7 +330,8 @@ class Args:
     td_target_use_ema_policy: bool = False
     """value targets use an exponential moving average (EMA) of the policy. Sweep 2g: do slower targets help?"""
     policy_ema_tau: UnitFloat = 0.01
-    """step size of the EMA policy, per policy update. Sweep 2g: how fast should it follow the policy?"""
+    """step size of the EMA policy, per policy update. Without an EMA policy it has no effect. Sweep 2g: how fast should
+    it follow the policy?"""
     policy_trust_region_coef: NonNegativeFloat = 0.0
     """weight of KL(EMA policy || policy) in the policy loss, relative to the KL to the expert. Sweep 2g: does a trust
     region stabilize learning?"""
@@ -384,7 +385,7 @@ def two_hot(x: Tensor, args: Args) -> Tensor:
 
 
 def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
-    """Decode logits (..., K) to scalars (...): symexp of the expected bin."""
+    """Decode logits (..., K) to scalars (...): symexp of the expected position among the bins."""
     bins = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
@@ -604,9 +605,9 @@ def rollout_return(
     """Roll the model out from z and predict the return, in two parts. Both the planner and the TD target use it.
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
-    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). A single step
-    from one z for all H heads has rewards (1, ...). With --episodic, terms after a predicted termination (probability
-    above 0.5) are 0.
+    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). After one
+    step from a z that all heads share, the rewards are (1, ...). With --episodic, terms after a predicted termination
+    (probability above 0.5) are 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -699,10 +700,10 @@ def mppi_iteration(
     """
     # Sample action sequences and predict their returns
     samples = (mean[:, None] + std[:, None] * eps).clamp(-1, 1)  # (S, N-P, T, A)
-    steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A): the actions of a step lie together in memory
-    select_action = lambda t, z: steps[None, t]  # (1, S, N-P, A)
+    step_actions = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A): the actions of a step are contiguous
+    select_action = lambda t, _: step_actions[None, t]  # (1, S, N-P, A)
     shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
-    rewards, values = rollout_return(model, shared_z, select_action, len(steps), model.value, args)
+    rewards, values = rollout_return(model, shared_z, select_action, len(step_actions), model.value, args)
     sample_scores = candidate_scores(rewards, values)  # (S, N-P)
     scores = torch.cat([policy_scores, sample_scores], 1)  # (S, N)
     actions = torch.cat([policy_actions, samples], 1)  # (S, N, T, A)
@@ -917,10 +918,11 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Compute the new running scale of the policy loss (TD-MPC2, where the step size is that of the target values).
+    """Compute the new running scale of the policy loss (TD-MPC2).
 
     x (B,): the KL, or in tdmpc2.py Q-values, at the first step of each window. The scale is an exponential moving
-    average, with step size 0.01, of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1.
+    average of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1. The step size is 0.01;
+    TD-MPC2's code uses that of the target value heads.
     """
     x = x.detach().sort().values
 
@@ -1317,15 +1319,16 @@ def pretrain(run: Run, controller: "RunController") -> None:
     controller.restart_speed()  # no decisions were made meanwhile
 
 
-def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, mean: Tensor) -> None:
+def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, plan_mean: Tensor) -> None:
     """Wait for the step that step_async started, store its transitions and go on to the next observations.
 
-    mean: (E, T, A), of the current plans. Shifted by one step, they start the next plans, except in new episodes.
+    plan_mean: (E, T, A), the means of the current plans. Shifted by one step, they start the next plans, except in new
+    episodes.
     """
     step = finish_step(run, envs)  # advances global_step and resets the environments whose episode ended
     run.buffer.add(run.obs, action, expert, step.reward, step.terminated, step.next_obs, step.ended, step.failed)
     run.obs = step.obs
-    run.prev_mean = shift_plan(mean) * step.continues[:, None, None]
+    run.prev_mean = shift_plan(plan_mean) * step.continues[:, None, None]
 
 
 def train(run: Run, envs: "Envs", controller: "RunController") -> int:
@@ -1345,9 +1348,9 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         with record_function("act"):
             if run.global_step < args.learning_starts:
                 action, expert = random_action(args, run.action_dim, run.make_generator("act"))
-                mean = run.prev_mean  # zeros
+                plan_mean = run.prev_mean  # zeros
             else:
-                action, expert, mean, metrics = act(
+                action, expert, plan_mean, metrics = act(
                     run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
                 )
                 run.accumulate_metrics(metrics)
@@ -1357,7 +1360,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         while run.updates < updates_due(args, run.global_step + args.num_envs):
             train_step(run, pretraining=False)
 
-        store_step(run, envs, action, expert, mean)
+        store_step(run, envs, action, expert, plan_mean)
 
 
 # ======== Plumbing: the machinery of a run. How the agent plans and learns is all above. ========

@@ -8,8 +8,8 @@ from bmpc.py are marked in the code. [V1] to [V8] are those of bmpc_multihead.py
          are sampled along the states of dynamics head 0, and scored with all heads. Value heads and policy are trained
          on the states of head 0. Predicted returns and value targets are means over the dynamics heads. Most of this
          code is in bmpc.py, with H = 1.
-    [V3] Each plan reports how much the H x Q return estimates of its elites disagree, how much that affects their
-         scores, and how many elites the policy proposed. Logged if H > 1 or with two policies.
+    [V3] Each plan reports how much the H x Q return estimates of its elites disagree, which share of their scores is
+         due to that, and which share of the elites the policy proposed. Logged if H > 1 or with two policies.
     [V4] The score of a candidate is the mean of its H x Q return estimates, plus a coefficient times their standard
          deviation. Acting, reanalyze and evaluation each have their own coefficient; with two policies see [V13].
     [V5] In value targets, all dynamics heads share the first action; each head samples later actions in its own state.
@@ -26,9 +26,9 @@ is neutral.
     [V11] The replay buffer holds an expert for each policy.
     [V12] Each policy imitates its own expert. Their losses are added; one optimizer and one gradient norm cover both.
     [V13] When acting, the optimistic policy proposes num_pi_trajs of the candidates; evaluation and value targets use
-          the pessimistic policy. The expert of the pessimistic policy comes from separate plans, with its own
-          candidates and policy_value_std_coef. The expert of the optimistic policy uses planner_value_std_coef_train,
-          when acting and in reanalyze.
+          the pessimistic policy. The expert of the pessimistic policy comes from separate plans, for which this policy
+          proposes the candidates, and which use policy_value_std_coef. The expert of the optimistic policy uses
+          planner_value_std_coef_train, when acting and in reanalyze.
 
 Planner metrics without a policy in their name describe the executed plan. Policy losses without one are those of the
 pessimistic policy; losses/policy_grad_norm covers both policies.
@@ -129,7 +129,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"  # marks an argument; those without this mark must stay the same
+RESUMABLE = "may change when a run is resumed"  # marks these arguments; all others must keep their values
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -184,7 +184,7 @@ class Args:
     """RUN_DIR: evaluate the agent of this run, print mean and range of its returns, and exit"""
     preset: Literal["full", "small"] = "full"
     """small: smaller networks and a shorter run, which learns an easy task on a CPU in 10 to 60 minutes. It sets the
-    widths of all layers, whatever --model-size is (--help shows the defaults of full)"""
+    widths of all layers and the number of value heads, whatever --model-size is (--help shows the defaults of full)"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
@@ -202,7 +202,7 @@ class Args:
     discount: UnitFloat | None = None
     """discount per decision; None: 1 - denom/n, clipped to [min, max], for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
-    """denom in the formula of the discount"""
+    """denom in the formula of the discount; like min and max, it has no effect with --discount"""
     discount_min: UnitFloat = 0.95
     """min in the formula of the discount"""
     discount_max: UnitFloat = 0.995
@@ -226,11 +226,12 @@ class Args:
     enc_lr_scale: PositiveFloat = 1.0
     """factor on the learning rate of the encoder (official, TD-MPC2: 0.3)"""
     grad_clip_norm: PositiveFloat = 20.0
-    """maximum norm of the gradient: of world model and value heads together, and of the policy"""
+    """maximum norm of the gradient: of world model and value heads together, and of the policy, or of
+    both policies together"""  # [V9]
     tau: UnitFloat = 0.01
     """step size of the target value heads, which are an exponential moving average (EMA) of the value heads"""
     rho: PositiveFloat = 0.5
-    """step t of a rollout has weight rho^t in every loss"""
+    """the weight of step t of a rollout is proportional to rho^t in every loss"""
     normalize_rho_weights: bool = True
     """scale the weights rho^t to a sum of 1; off: divide them by the number of steps (official)"""
     td_horizon: PositiveInt = 1
@@ -262,7 +263,7 @@ class Args:
     simnorm_dim: PositiveInt = 8
     """size of a SimNorm group (TD-MPC2)"""
     num_q: PositiveInt | None = None
-    """number of value heads (official: 2)"""
+    """number of value heads (official, JAX: 2)"""
     num_bins: PositiveInt = 101
     """bins of the two-hot distributions of rewards and values"""
     vmin: FiniteFloat = -10.0
@@ -290,7 +291,7 @@ class Args:
     num_pi_trajs: NonNegativeInt = 24
     """P: candidate sequences sampled from the policy"""
     min_std: PositiveFloat = 0.1
-    """minimum std of a plan (official: 0.05; JAX: 0)"""
+    """minimum std of a plan (official: 0.05; JAX: in effect 0.001)"""
     max_std: PositiveFloat = 2.0
     """initial and maximum std of a plan"""
     temperature: PositiveFloat = 0.5
@@ -300,8 +301,8 @@ class Args:
 
     # --- expert
     reanalyze_interval: NonNegativeInt = 10
-    """reanalyze once in this many updates; 0: never; transitions of the warm-up then keep their placeholder expert,
-    N(0, 1)"""
+    """reanalyze once in this many updates after pretraining; 0: never; transitions of the warm-up then keep their
+    placeholder expert, N(0, 1)"""
     reanalyze_batch_size: PositiveInt = 20
     """windows per call of reanalyze; it plans again for all T states of each"""
     reanalyze_horizon: PositiveInt | None = None
@@ -354,7 +355,8 @@ class Args:
     td_target_use_ema_policy: bool = False
     """value targets use an exponential moving average (EMA) of the policy. Sweep 2g: do slower targets help?"""
     policy_ema_tau: UnitFloat = 0.01
-    """step size of the EMA policy, per policy update. Sweep 2g: how fast should it follow the policy?"""
+    """step size of the EMA policy, per policy update. Without an EMA policy it has no effect. Sweep 2g: how fast should
+    it follow the policy?"""
     policy_trust_region_coef: NonNegativeFloat = 0.0
     """weight of KL(EMA policy || policy) in the policy loss, relative to the KL to the expert. Sweep 2g: does a trust
     region stabilize learning?"""
@@ -442,7 +444,7 @@ def two_hot(x: Tensor, args: Args) -> Tensor:
 
 
 def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
-    """Decode logits (..., K) to scalars (...): symexp of the expected bin."""
+    """Decode logits (..., K) to scalars (...): symexp of the expected position among the bins."""
     bins = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
@@ -603,9 +605,8 @@ class MLP(nn.Module):
 class WorldModel(nn.Module):
     """All networks: encoder, latent dynamics, reward, value heads, policy, and moving averages (EMA) of the last two.
 
-    The termination network and the moving average of the policy exist only if a flag needs them.
-
-    With two policies also the optimistic one, and its moving average. [V10]
+    The termination network and the moving average of the policy exist only if a flag needs them. With two policies
+    there is also the optimistic one, and its moving average. [V10]
 
     encoder (..., O) -> (..., L)                      dynamics (H or 1, ..., L), (H or 1, ..., A) -> (H, ..., L)
     reward (..., L), (..., A) -> (..., K) logits      value (1, ..., L) -> (Q, ..., K) logits
@@ -673,9 +674,9 @@ def rollout_return(
     """Roll the model out from z and predict the return, in two parts. Both the planner and the TD target use it.
 
     z: (H or 1, ..., L); select_action(t, z): the action of step t in state z, (H or 1, ..., A); value: the value heads.
-    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). A single step
-    from one z for all H heads has rewards (1, ...). With --episodic, terms after a predicted termination (probability
-    above 0.5) are 0.
+    Returns the discounted sum of rewards (H, ...) and the discounted value of the last state (Q, H, ...). After one
+    step from a z that all heads share, the rewards are (1, ...). With --episodic, terms after a predicted termination
+    (probability above 0.5) are 0.
     """
     rewards = 0.0
     alive = 1.0
@@ -712,9 +713,8 @@ class Plan(NamedTuple):
     std: Tensor  # (S, A) std of the first action
     value: Tensor  # (S,) score of the sampled elite
     return_std: Tensor  # (S,) [V3] std of the H x Q predicted returns, averaged over the elites
-    bonus_share: (
-        Tensor  # (S,) [V3] |bonus| / (|bonus| + |mean return|), bonus = std_coef x std, averaged over the elites
-    )
+    # |bonus| / (|bonus| + |mean return|), bonus = std_coef x std, averaged over the elites [V3]
+    bonus_share: Tensor  # (S,) [V3]
     proposal_share: Tensor  # (S,) [V3] share of the elites that the policy proposed
 
 
@@ -785,10 +785,10 @@ def mppi_iteration(
     """
     # Sample action sequences and predict their returns
     samples = (mean[:, None] + std[:, None] * eps).clamp(-1, 1)  # (S, N-P, T, A)
-    steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A): the actions of a step lie together in memory
-    select_action = lambda t, z: steps[None, t]  # (1, S, N-P, A)
+    step_actions = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A): the actions of a step are contiguous
+    select_action = lambda t, _: step_actions[None, t]  # (1, S, N-P, A)
     shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
-    rewards, values = rollout_return(model, shared_z, select_action, len(steps), model.value, args)
+    rewards, values = rollout_return(model, shared_z, select_action, len(step_actions), model.value, args)
     sample_scores, sample_return_stds = candidate_scores(rewards, values, std_coef)  # (S, N-P) each [V4]
     scores = torch.cat([policy_scores, sample_scores], 1)  # (S, N)
     actions = torch.cat([policy_actions, samples], 1)  # (S, N, T, A)
@@ -804,9 +804,8 @@ def mppi_iteration(
     std = (w * (elites - mean[:, None]).square()).sum(1).sqrt().clamp(args.min_std, args.max_std)
 
     # Diagnostics of the elites [V3]
-    elite_return_stds = torch.cat([policy_return_stds, sample_return_stds], 1).gather(
-        1, elite_index
-    )  # (S, num_elites) [V3]
+    return_stds = torch.cat([policy_return_stds, sample_return_stds], 1)  # (S, N) [V3]
+    elite_return_stds = return_stds.gather(1, elite_index)  # (S, num_elites) [V3]
     is_from_policy = (elite_index < policy_actions.shape[1]).to(scores.dtype)  # (S, num_elites) [V3]
     return mean, std, elites, elite_scores, weights, elite_return_stds, is_from_policy  # [V3]
 
@@ -850,9 +849,7 @@ def plan(
     value = elite_scores.gather(1, sampled[:, None])[:, 0]
     bonus = std_coef * elite_return_stds  # (S, num_elites) [V3]; score - bonus: mean return over heads, if finite
     bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)  # [V3]
-    diagnostics = torch.stack([elite_return_stds, bonus_share, is_from_policy], 2).mean(
-        1
-    )  # (S, 3), in Plan's order [V3]
+    diagnostics = torch.stack([elite_return_stds, bonus_share, is_from_policy], 2).mean(1)  # (S, 3) [V3]
     return Plan(action, elite_action, elites[:, 0, 0], mean, std[:, 0], value, *diagnostics.unbind(1))  # [V3]
 
 
@@ -1043,10 +1040,11 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Compute the new running scale of the policy loss (TD-MPC2, where the step size is that of the target values).
+    """Compute the new running scale of the policy loss (TD-MPC2).
 
     x (B,): the KL, or in tdmpc2.py Q-values, at the first step of each window. The scale is an exponential moving
-    average, with step size 0.01, of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1.
+    average of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1. The step size is 0.01;
+    TD-MPC2's code uses that of the target value heads.
     """
     x = x.detach().sort().values
 
@@ -1500,15 +1498,16 @@ def pretrain(run: Run, controller: "RunController") -> None:
     controller.restart_speed()  # no decisions were made meanwhile
 
 
-def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, mean: Tensor) -> None:
+def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, plan_mean: Tensor) -> None:
     """Wait for the step that step_async started, store its transitions and go on to the next observations.
 
-    mean: (E, T, A), of the current plans. Shifted by one step, they start the next plans, except in new episodes.
+    plan_mean: (E, T, A), the means of the current plans. Shifted by one step, they start the next plans, except in new
+    episodes.
     """
     step = finish_step(run, envs)  # advances global_step and resets the environments whose episode ended
     run.buffer.add(run.obs, action, expert, step.reward, step.terminated, step.next_obs, step.ended, step.failed)
     run.obs = step.obs
-    run.prev_mean = shift_plan(mean) * step.continues[:, None, None]
+    run.prev_mean = shift_plan(plan_mean) * step.continues[:, None, None]
 
 
 def train(run: Run, envs: "Envs", controller: "RunController") -> int:
@@ -1528,9 +1527,9 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         with record_function("act"):
             if run.global_step < args.learning_starts:
                 action, expert = random_action(args, run.action_dim, run.make_generator("act"))
-                mean = run.prev_mean  # zeros
+                plan_mean = run.prev_mean  # zeros
             else:
-                action, expert, mean, metrics = act(
+                action, expert, plan_mean, metrics = act(
                     run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
                 )
                 run.accumulate_metrics(metrics)
@@ -1540,7 +1539,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         while run.updates < updates_due(args, run.global_step + args.num_envs):
             train_step(run, pretraining=False)
 
-        store_step(run, envs, action, expert, mean)
+        store_step(run, envs, action, expert, plan_mean)
 
 
 # ======== Plumbing: the machinery of a run. How the agent plans and learns is all above. ========

@@ -2,7 +2,8 @@
 
 A world model predicts rewards and latent states. A planner (MPPI) optimizes action sequences in latent space and
 selects every training action after a warm-up with random actions. The value function is learned from stored
-transitions, and the policy maximizes it. Both guide the planner. `diff tdmpc2.py bmpc.py` shows what BMPC changes.
+transitions, and the policy maximizes it. Both guide the planner. results/README.md lists the differences from the
+published code. `diff tdmpc2.py bmpc.py` shows what BMPC changes.
 Marks in the code show the differences; where only bmpc.py has something, a comment names it, such as "[T1] BMPC:
 td_horizon". The marks:
 
@@ -11,7 +12,7 @@ td_horizon". The marks:
     [T2] The policy maximizes Q-values and its entropy at all T+1 states of a rollout, also in pretraining. BMPC: it
          imitates the planner at the first T states, and not in pretraining.
     [T3] The value heads predict Q(z, a). The value loss trains all of them; plans, value targets and the policy loss
-         use two, drawn at random. BMPC: V(z), and always all heads.
+         use two, drawn at random for each plan and each loss. BMPC: V(z), and always all heads.
     [T4] The policy is a Gaussian whose samples are squashed by tanh. BMPC: its mean is squashed, its samples clipped.
     [T5] Only transitions are stored. BMPC: each with an expert, a Gaussian over actions from the plan that chose the
          action, which the policy imitates; reanalyze plans again and replaces it.
@@ -31,7 +32,7 @@ Dimensions in docstrings and shape comments; "..." stands for any leading dimens
     E  parallel environments          L  latent state
     S  states planned for at once     K  bins of a two-hot distribution
     N  candidate action sequences     Q  value heads
-    P  of them from the policy        H  dynamics heads (more than 1 in bmpc_multihead.py)
+    P  of them from the policy        H  dynamics heads (always 1 here)
     C  capacity of the replay buffer, in vector steps
 
 A decision is one action in one environment, the unit of --steps and global_step; a vector step is one decision in each
@@ -113,7 +114,7 @@ class Constraint(NamedTuple):
 
 
 Value = TypeVar("Value")
-RESUMABLE = "may change when a run is resumed"  # marks an argument; those without this mark must stay the same
+RESUMABLE = "may change when a run is resumed"  # marks these arguments; all others must keep their values
 Resumable = Annotated[Value, RESUMABLE]
 PositiveInt = Annotated[int, Constraint("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda x: x >= 0)]
@@ -168,7 +169,7 @@ class Args:
     """RUN_DIR: evaluate the agent of this run, print mean and range of its returns, and exit"""
     preset: Literal["full", "small"] = "full"
     """small: smaller networks and a shorter run, which learns an easy task on a CPU in 10 to 60 minutes. It sets the
-    widths of all layers, whatever --model-size is (--help shows the defaults of full)"""
+    widths of all layers and the number of value heads, whatever --model-size is (--help shows the defaults of full)"""
 
     # --- environment
     env_id: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "dog-run"
@@ -186,7 +187,7 @@ class Args:
     discount: UnitFloat | None = None
     """discount per decision; None: 1 - denom/n, clipped to [min, max], for episodes of n decisions (TD-MPC2)"""
     discount_denom: PositiveFloat = 5.0
-    """denom in the formula of the discount"""
+    """denom in the formula of the discount; like min and max, it has no effect with --discount"""
     discount_min: UnitFloat = 0.95
     """min in the formula of the discount"""
     discount_max: UnitFloat = 0.995
@@ -213,7 +214,7 @@ class Args:
     tau: UnitFloat = 0.01
     """step size of the target value heads, which are an exponential moving average (EMA) of the value heads"""
     rho: PositiveFloat = 0.5
-    """step t of a rollout has weight rho^t in every loss"""
+    """the weight of step t of a rollout is proportional to rho^t in every loss"""
     normalize_rho_weights: bool = False  # [T1]
     """scale the weights rho^t to a sum of 1; off: divide them by the number of steps (official)"""
     # [T1] BMPC: td_horizon
@@ -243,7 +244,7 @@ class Args:
     simnorm_dim: PositiveInt = 8
     """size of a SimNorm group (TD-MPC2)"""
     num_q: PositiveInt | None = None
-    """number of value heads (official: 2)"""
+    """number of value heads (official, JAX: 2)"""
     num_bins: PositiveInt = 101
     """bins of the two-hot distributions of rewards and values"""
     vmin: FiniteFloat = -10.0
@@ -271,7 +272,7 @@ class Args:
     num_pi_trajs: NonNegativeInt = 24
     """P: candidate sequences sampled from the policy"""
     min_std: PositiveFloat = 0.05  # [T1]
-    """minimum std of a plan (official: 0.05; JAX: 0)"""
+    """minimum std of a plan (official: 0.05; JAX: in effect 0.001)"""
     max_std: PositiveFloat = 2.0
     """initial and maximum std of a plan"""
     temperature: PositiveFloat = 0.5
@@ -336,7 +337,7 @@ def two_hot(x: Tensor, args: Args) -> Tensor:
 
 
 def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
-    """Decode logits (..., K) to scalars (...): symexp of the expected bin."""
+    """Decode logits (..., K) to scalars (...): symexp of the expected position among the bins."""
     bins = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
@@ -586,7 +587,7 @@ class PlanNoise(NamedTuple):
     samples: Tensor  # (S, iterations, N-P, T+1, A) standard normal; the last step is for the policy [T3]
     elite: Tensor  # (S, num_elites) uniform
     action: Tensor  # (S, A) standard normal
-    heads: Tensor  # (S, 2) int64: two value heads; equal rows, so that states can be split into chunks [T3]
+    heads: Tensor  # (S, 2) int64: two value heads, the same in each row, so that noise can be split by states [T3]
 
 
 class Plan(NamedTuple):
@@ -659,11 +660,11 @@ def mppi_iteration(
     """
     # Sample action sequences and predict their returns
     samples = (mean[:, None] + std[:, None] * eps[:, :, :-1]).clamp(-1, 1)  # (S, N-P, T, A) [T3]
-    steps = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A): the actions of a step lie together in memory
-    last_action = lambda z: sample_action(policy, z, eps[None, :, :, -1], args)  # [T3]
-    select_action = lambda t, z: steps[None, t] if t < len(steps) else last_action(z)  # (1, S, N-P, A) [T3]
+    step_actions = samples.movedim(2, 0).contiguous()  # (T, S, N-P, A): the actions of a step are contiguous
+    last_action = lambda z: sample_action(policy, z, eps[None, :, :, -1], args)  # (1, S, N-P, A) [T3]
+    select_action = lambda t, z: step_actions[None, t] if t < len(step_actions) else last_action(z)  # [T3]
     shared_z = z[None, :, None]  # (1, S, 1, L): all candidates start from the same state
-    rewards, values = rollout_return(model, shared_z, select_action, len(steps), heads, args)  # [T3]
+    rewards, values = rollout_return(model, shared_z, select_action, len(step_actions), heads, args)  # [T3]
     sample_scores = candidate_scores(rewards, values)  # (S, N-P)
     scores = torch.cat([policy_scores, sample_scores], 1)  # (S, N)
     actions = torch.cat([policy_actions, samples], 1)  # (S, N, T, A)
@@ -862,10 +863,11 @@ def world_model_loss(
 
 
 def update_scale(scale: Tensor, x: Tensor) -> Tensor:
-    """Compute the new running scale of the policy loss (TD-MPC2, where the step size is that of the target values).
+    """Compute the new running scale of the policy loss (TD-MPC2).
 
     x (B,): the KL, or in tdmpc2.py Q-values, at the first step of each window. The scale is an exponential moving
-    average, with step size 0.01, of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1.
+    average of the range of x from its 5th to its 95th percentile. Ranges below 1 count as 1. The step size is 0.01;
+    TD-MPC2's code uses that of the target value heads.
     """
     x = x.detach().sort().values
 
@@ -1201,15 +1203,16 @@ def pretrain(run: Run, controller: "RunController") -> None:
     controller.restart_speed()  # no decisions were made meanwhile
 
 
-def store_step(run: Run, envs: "Envs", action: Tensor, mean: Tensor) -> None:  # [T5]
+def store_step(run: Run, envs: "Envs", action: Tensor, plan_mean: Tensor) -> None:  # [T5]
     """Wait for the step that step_async started, store its transitions and go on to the next observations.
 
-    mean: (E, T, A), of the current plans. Shifted by one step, they start the next plans, except in new episodes.
+    plan_mean: (E, T, A), the means of the current plans. Shifted by one step, they start the next plans, except in new
+    episodes.
     """
     step = finish_step(run, envs)  # advances global_step and resets the environments whose episode ended
     run.buffer.add(run.obs, action, step.reward, step.terminated, step.next_obs, step.ended, step.failed)  # [T5]
     run.obs = step.obs
-    run.prev_mean = shift_plan(mean) * step.continues[:, None, None]
+    run.prev_mean = shift_plan(plan_mean) * step.continues[:, None, None]
 
 
 def train(run: Run, envs: "Envs", controller: "RunController") -> int:
@@ -1229,9 +1232,9 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         with record_function("act"):
             if run.global_step < args.learning_starts:
                 action = random_action(args, run.action_dim, run.make_generator("act"))  # [T5]
-                mean = run.prev_mean  # zeros
+                plan_mean = run.prev_mean  # zeros
             else:
-                action, mean, metrics = act(  # [T5]
+                action, plan_mean, metrics = act(  # [T5]
                     run.functions.plan, run.model, run.obs, run.prev_mean, args, run.make_generator
                 )
                 run.accumulate_metrics(metrics)
@@ -1241,7 +1244,7 @@ def train(run: Run, envs: "Envs", controller: "RunController") -> int:
         while run.updates < updates_due(args, run.global_step + args.num_envs):
             train_step(run, pretraining=False)
 
-        store_step(run, envs, action, mean)  # [T5]
+        store_step(run, envs, action, plan_mean)  # [T5]
 
 
 # ======== Plumbing: the machinery of a run. How the agent plans and learns is all above. ========
