@@ -150,7 +150,8 @@ class Args:
     """record episode 0 of every evaluation as an mp4 file (without a display, this requires EGL or OSMesa). Meanwhile
     its frames take some 500 MB of memory"""
     profile: Resumable[bool] = False
-    """write a profile to trace.json, for Perfetto; meant for a few hundred decisions, with a small --learning-starts"""
+    """write a profile to trace-STEP.json (STEP: where it starts), for Perfetto; meant for a few hundred decisions, with
+    a small --learning-starts"""
     eval_freq: Resumable[NonNegativeInt] = 10_000
     """decisions (agent steps) between two evaluations; 0: never evaluate"""
     eval_episodes: Resumable[PositiveInt] = 10
@@ -194,7 +195,9 @@ class Args:
 
     # --- learning
     total_timesteps: Resumable[Annotated[PositiveInt, tyro.conf.arg(aliases=["--steps"])]] = 200_000
-    """decisions of the whole run, summed over environments (env_steps = decisions x action_repeat)"""
+    """decisions of the whole run, summed over environments (env_steps = decisions x action_repeat). A run that is
+    extended becomes what it would be with this length from the start; an evaluation at its old end is kept if
+    --eval-freq asks for it"""
     learning_starts: PositiveInt = 2_500
     """decisions of the warm-up, with random actions (JAX: 10 000). As many pretraining updates of world model and value
     heads follow"""
@@ -1581,9 +1584,9 @@ class TruncateOnError(gym.Wrapper):
                     raise ValueError("the first observation is not finite")
                 return self.last_obs, info
             except Exception as e:  # a simulator can raise anything
-                error = e
                 info = {"env_error": describe(e)}
-        raise error
+        # As text, as in `step`: an exception of the simulator may be one that cannot be sent to the main process
+        raise RuntimeError(f"{MAX_ENV_ERRORS} resets in a row failed, the last with {info['env_error']}")
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Take a step. One that fails is not part of the episode: the observation before it is returned again."""
@@ -1724,7 +1727,7 @@ class Envs(AsyncVectorEnv):
 
     def close_extras(self, **options: Any) -> None:
         """Let the workers close their environments. Kill those that take longer than CLOSE_SECONDS."""
-        for pipe in self.parent_pipes:
+        for pipe in filter(None, self.parent_pipes):  # gymnasium sets that of a worker with an error to None
             with contextlib.suppress(OSError):  # the worker has ended
                 pipe.send(("close", None))
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -2485,13 +2488,15 @@ def git_commit(directory: Path) -> str | None:
     """Return the commit of a checkout, with "+changes" if it has uncommitted changes. None: there is no checkout."""
     command = ["git", "-C", str(directory), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        english = os.environ | {"LC_ALL": "C", "LANGUAGE": ""}
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=english)
     except OSError:  # git is not installed
         return None
     if result.returncode == 0:
         return result.stdout.strip()
     if "not a git repository" not in result.stderr:
-        print_line(f"warning: the git commit is unknown: {result.stderr.strip().splitlines()[0]}", sys.stderr)
+        reason, *_ = result.stderr.strip().splitlines() or [f"git ended with {result.returncode}"]  # by a signal
+        print_line(f"warning: the git commit is unknown: {reason}", sys.stderr)
     return None
 
 
@@ -2793,13 +2798,13 @@ def run_training(args: Args, task: TaskInfo, stop_signals: list[int]) -> int:
         print_line(f"{directory}, on {device}, with a replay buffer of {run.buffer.rows.nbytes / 1e6:.1f} MB")
         if not state:  # a resumed run usually finds everything in the compiler's cache
             stack.enter_context(compile_ahead(run, task))
-        if args.profile:
-            stack.enter_context(profile(directory / "trace.json"))
         try:
             if state:
                 restore_run(run, state)
                 del state  # it holds a copy of the replay buffer
                 print_line(f"resuming at step {run.global_step}")
+            if args.profile:
+                stack.enter_context(profile(directory / f"trace-{run.global_step}.json"))
             start_run_episodes(run, envs)
             logger = MetricsLogger(directory, args, run.global_step)
             return train(run, envs, RunController(run, eval_envs, logger, stop_signals, directory))

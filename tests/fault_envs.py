@@ -79,5 +79,23 @@ class Closes(Base):
             file.write(f"{os.getpid()}\n")
 
 
-for cls in (Diverges, Arrays, Short, Constant, Huge, Closes):
+class Unsendable(Base):
+    """Resets fail, with an exception that cannot be pickled."""
+
+    def reset(self, *, seed=None, options=None):
+        class Local(Exception):
+            pass
+
+        raise Local("no such state")
+
+
+class Misshaped(Base):
+    """The fourth observation of an episode has another size than declared."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return np.append(obs, 0.0) if self.t == 4 else obs, *rest
+
+
+for cls in (Diverges, Arrays, Short, Constant, Huge, Closes, Unsendable, Misshaped):
     gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=10)

@@ -177,8 +177,21 @@ def test_a_reset_that_fails_is_tried_with_other_seeds(monkeypatch, capsys):
     assert info == {"env_error": "ValueError: the simulation diverged"} and env.reset(seed=7)[1] == {}
     seeds.clear()
     Failing.failures = 10
-    with pytest.raises(ValueError, match="the first observation is not finite"):
+    with pytest.raises(RuntimeError, match="^10 resets in a row failed, the last with .*first observation is not fin"):
         env.reset(seed=7)
+
+
+WORKER_ERRORS = {
+    "Unsendable": "step 0: an environment failed: RuntimeError: 10 resets in a row failed, the last with Local: no s",
+    "Misshaped": "step 6: an environment failed: ValueError: could not broadcast input array from shape (4,)",
+}
+
+
+@pytest.mark.parametrize("name", WORKER_ERRORS)
+def test_an_error_that_a_worker_passes_on_is_named(tmp_path, name):
+    """The worker may not be able to send the exception; afterwards, its pipe no longer exists."""
+    line = error_of(run_task(tmp_path, name), 1)
+    assert WORKER_ERRORS[name] in line
 
 
 def test_environments_are_closed(tmp_path):
@@ -501,19 +514,29 @@ def test_a_damaged_versions_file_is_kept_under_another_name(tmp_path, capsys):
 
 
 GIT_MESSAGES = {
-    "fatal: detected dubious ownership in repository at '/x'": True,
-    "fatal: not a git repository (or any of the parent directories): .git": False,
+    "fatal: detected dubious ownership": "fatal: detected dubious ownership",
+    "fatal: not a git repository (or any of the parent directories): .git": None,
+    "": "git ended with 128",  # it is silent if a signal ends it
 }
+GIT = """\
+#!/bin/sh
+[ "$LC_ALL" = C ] || echo "in another language" >&2
+[ -z "$MESSAGE" ] || echo "$MESSAGE" >&2
+exit 128
+"""
 
 
 @pytest.mark.parametrize("message", GIT_MESSAGES)
 def test_an_unknown_commit_is_explained_unless_there_is_no_checkout(tmp_path, monkeypatch, capsys, message):
     git = tmp_path / "git"
-    git.write_text(f'#!/bin/sh\necho "{message}" >&2\nexit 128\n')
+    git.write_text(GIT)
     git.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("MESSAGE", message)
     assert bmpc.git_commit(tmp_path) is None
-    assert ("the git commit is unknown: fatal: detected" in capsys.readouterr().err) == GIT_MESSAGES[message]
+    reason = GIT_MESSAGES[message]
+    assert capsys.readouterr().err == (f"warning: the git commit is unknown: {reason}\n" if reason else "")
     git.unlink()
     assert bmpc.git_commit(tmp_path) is None
 

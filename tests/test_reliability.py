@@ -486,7 +486,7 @@ def test_missing_optional_dependencies(tmp_path):
     warnings = re.findall("^warning: (no working compiler|continuing without|rendering|no video)", run.warned(), re.M)
     assert warnings == ["no working compiler", "continuing without", "rendering", "no video", "no video"], run
     assert run.warned().count("arning") == len(warnings) and run.warned().count("ModuleNotFound") == 2, run
-    trace = (directory(run.cwd) / "trace.json").read_text()
+    trace = (directory(run.cwd) / "trace-0.json").read_text()
     assert all(f'"name": "{part}"' in trace for part in ("act", "environment", "reanalyze", "update"))
     plain = finish(tmp_path / "plain", *toy, task="toy:Toy-v0")
     assert plain.code == 0 and differences(state(plain.cwd), state(run.cwd)) == [], plain
