@@ -19,10 +19,7 @@
 #   --jobs N         run at most N runs at a time (default: 1, or one per GPU of --gpus; with --slurm: no limit)
 #   --gpus 0,1,...   distribute the runs on this machine over these GPUs
 #
-# The environment variables SWEEPS_NAMES, SWEEPS_FLAGS, SWEEPS_MODE (run, dry-run, status, report or slurm),
-# SWEEPS_EXPORT, SWEEPS_AXIS, SWEEPS_SBATCH, SWEEPS_SEEDS, SWEEPS_JOBS and SWEEPS_GPUS mean the same as the arguments.
-# White space of any kind separates the elements of a list; seeds and GPUs may be separated by commas, too. PYTHON is
-# the Python interpreter (default: python, or python3 if there is no python).
+# The environment variable PYTHON is the Python interpreter (default: python, or python3 if there is no python).
 #
 # Runs are written to runs/ in the current directory, their output to runs/logs/. Repeating a command skips the runs
 # that are done, resumes those that were stopped, and retries those that failed. Ctrl-C, SIGTERM and a closed terminal
@@ -174,7 +171,7 @@ execute_run() {  # RECORD
 # terminal reaches only this script, which stops the runs and waits for them.
 run_here() {
   local record slot slot_pids=() jobs stopped=''
-  jobs=${SWEEPS_JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
+  jobs=${option[jobs]-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
   trap stop_runs INT TERM HUP USR1
   trap '' PIPE                                                        # see `say`
   for record in "${unfinished[@]}"; do
@@ -215,8 +212,8 @@ submit_array() {
   local record_file sbatch_options
   printf -v record_file 'runs/logs/slurm_%(%Y%m%d_%H%M%S)T_%d.runs' -1 $$
   printf '%s\n' "${unfinished[@]}" >"$record_file"
-  split_words sbatch_options "${SWEEPS_SBATCH-}"
-  sbatch --job-name=sweeps --array="0-$((${#unfinished[@]} - 1))${SWEEPS_JOBS:+%$SWEEPS_JOBS}" --requeue \
+  split_words sbatch_options "${option[sbatch]-}"
+  sbatch --job-name=sweeps --array="0-$((${#unfinished[@]} - 1))${option[jobs]+%${option[jobs]}}" --requeue \
     --signal=B:USR1@120 --open-mode=append --output='runs/logs/slurm_%A_%a.log' "${sbatch_options[@]}" \
     --wrap="exec bash $(printf %q "$project_dir/sweeps.sh") --slurm-task $record_file"
 }
@@ -281,37 +278,33 @@ check_python() {
 
 [[ ${1-} != --slurm-task ]] || run_array_task "$2"
 
-names=() extra_flags=() gpus=() given_seeds=()
-split_words names "${SWEEPS_NAMES-}"
-split_words extra_flags "${SWEEPS_FLAGS-}"
-report_option=''
+names=() extra_flags=() gpus=() given_seeds=() mode=run
+declare -A option=()  # its name without the dashes -> value
 while (($#)); do
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
     -h | --help) sed -n '3,/^set /{s/^# \{0,1\}//;/^set /d;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-    --dry-run | --status | --report | --slurm) SWEEPS_MODE=${1#--} ;;
+    --dry-run | --status | --report | --slurm) mode=${1#--} ;;
     --jobs | --gpus | --seeds | --sbatch | --export | --axis)
-      (($# > 1)) || die "$1 needs a value"
-      [[ $1 != --export && $1 != --axis ]] || report_option=$1
-      option=${1#--}
-      printf -v "SWEEPS_${option^^}" %s "$2"
+      [[ ${2-} ]] || die "$1 needs a value"
+      option[${1#--}]=$2
       shift ;;
-    --) extra_flags+=("${@:2}"); break ;;
+    --) extra_flags=("${@:2}"); break ;;
     -*) die "unknown option $1; bash sweeps.sh --help lists the options, and flags of the runs come after --" ;;
     *) names+=("$1") ;;
   esac
   shift
 done
-mode=${SWEEPS_MODE:-run}
 ((${#names[@]})) || die "no sweep is named; bash sweeps.sh all runs the plan, bash sweeps.sh --help lists the options"
-[[ $mode =~ ^(run|dry-run|status|report|slurm)$ ]] ||
-  die "SWEEPS_MODE must be run, dry-run, status, report or slurm, not '$mode'"
-[[ ! $report_option || $mode == report ]] || die "$report_option needs --report"
-[[ ${SWEEPS_AXIS:-decisions} =~ ^(decisions|updates|seconds)$ ]] ||
-  die "--axis must be decisions, updates or seconds, not '$SWEEPS_AXIS'"
-[[ ${SWEEPS_JOBS:-1} =~ ^[1-9][0-9]*$ ]] || die "--jobs must be a whole number above 0, not '$SWEEPS_JOBS'"
-split_list gpus "${SWEEPS_GPUS-}" '[^, ]+' || die "--gpus must be a list such as 0,1, not '$SWEEPS_GPUS'"
-split_list given_seeds "${SWEEPS_SEEDS-}" '(0|[1-9][0-9]*)' || die "--seeds must be a list such as 1,2,3, not '$SWEEPS_SEEDS'"
+for name in export axis; do
+  [[ ! ${option[$name]-} || $mode == report ]] || die "--$name needs --report"
+done
+[[ ${option[axis]-decisions} =~ ^(decisions|updates|seconds)$ ]] ||
+  die "--axis must be decisions, updates or seconds, not '${option[axis]}'"
+[[ ${option[jobs]-1} =~ ^[1-9][0-9]*$ ]] || die "--jobs must be a whole number above 0, not '${option[jobs]}'"
+split_list gpus "${option[gpus]-}" '[^, ]+' || die "--gpus must be a list such as 0,1, not '${option[gpus]}'"
+split_list given_seeds "${option[seeds]-}" '(0|[1-9][0-9]*)' ||
+  die "--seeds must be a list such as 1,2,3, not '${option[seeds]}'"
 if [[ $mode == slurm ]]; then
   ((${#gpus[@]} == 0)) || die '--gpus is for this machine; with --slurm use --sbatch "--gres=gpu:1"'
   type -P sbatch >/dev/null || die "there is no sbatch here, which --slurm needs; without --slurm the runs start here"
@@ -329,7 +322,7 @@ if [[ ! ${PYTHON-} ]] && ! type -P python >/dev/null && type -P python3 >/dev/nu
 script_dir=''  # of the scripts in the commands; empty: the current directory
 [[ $project_dir -ef $PWD ]] || script_dir=$project_dir/
 # A sweep.sh that assigns one of these fails
-readonly mode python script_dir folders names extra_flags gpus given_seeds
+readonly mode python script_dir folders names extra_flags gpus given_seeds option
 records=()                # one per run: the fields that `run` writes, separated by tabs
 declare -A command_of=()  # task, seed and run name -> command
 for folder in "${folders[@]}"; do
@@ -345,7 +338,7 @@ done
 case $mode in
   dry-run) printf '%s\n' "${records[@]##*$'\t'}" ;;
   status) report --status ;;
-  report) report ${SWEEPS_EXPORT:+--export "$SWEEPS_EXPORT"} ${SWEEPS_AXIS:+--axis "$SWEEPS_AXIS"} ;;
+  report) report ${option[export]+--export "${option[export]}"} --axis "${option[axis]-decisions}" ;;
   run | slurm)
     mkdir -p runs/logs
     due=$(report --due)

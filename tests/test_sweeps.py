@@ -48,7 +48,7 @@ TIMEOUT = 300  # seconds after which a command counts as hanging
 
 def environment(**changes):
     """This process's environment without variables that change what sweeps.sh does; None removes a variable."""
-    clean = {k: v for k, v in os.environ.items() if not re.match("SWEEPS_|SLURM|SBATCH|OMP_|CUDA_|FAKE_", k)}
+    clean = {k: v for k, v in os.environ.items() if not re.match("SLURM|SBATCH|OMP_|CUDA_|FAKE_", k)}
     changed = clean | {"PYTHON": sys.executable} | changes
     return {name: str(value) for name, value in changed.items() if value is not None}
 
@@ -180,7 +180,7 @@ def test_seeds():
     numbers = {"0_dog_run": 1, "0_baseline": 5, "0_ablations": 24, "0_rehearsal": 24, "0_3a_combined": 2}
     numbers |= {"0_tdmpc2": 10, "0_dog_run_25k": 2, "0_dog_run_25k_utd": 2, "0_dog_run_25k_dual": 2}
     for sweep, number in numbers.items():
-        lines = Lab().dry_run(sweep, SWEEPS_SEEDS="7,9")
+        lines = Lab().dry_run(sweep, "--seeds", "7,9")
         assert Counter(seed_of(line) for line in lines) == {7: number, 9: number}
     seeds = Counter(seed_of(line) for line in Lab().dry_run("0_ablations"))
     assert seeds == dict.fromkeys(range(1, 9), 24) | dict.fromkeys(range(9, 31), 1)  # more seeds of the baseline
@@ -270,27 +270,16 @@ def test_patterns_and_variables_of_a_sweep(lab):
     assert done.returncode != 0 and "mode: readonly variable" in done.stderr and done.stdout == ""
 
 
-def test_environment_variables_mean_the_same():
+def test_flags_after_two_dashes_override_those_of_the_sweeps():
     flags = ["--task", "walker-walk", "--steps", "10", "--utd-ratio", "8"]
-    by_arguments = Lab().dry_run("2a", "1_test", "--seeds", "4", "--", *flags)
-    variables = {"NAMES": "2a 1_test", "MODE": "dry-run", "SEEDS": "4", "FLAGS": " ".join(flags)}
-    by_variables = Lab().run(**{f"SWEEPS_{name}": value for name, value in variables.items()})
-    assert len(by_arguments) == 3 and by_variables.stdout.splitlines() == by_arguments
-    values = [(args.env_id, args.total_timesteps, args.utd_ratio, args.seed) for args in map(parse, by_arguments)]
-    assert values == [("walker-walk", 10, 8, 4)] * 3, "flags after -- override those of the sweeps"
-    assert "--jobs" in Lab().run("2a", SWEEPS_JOBS="none").stderr and "--seeds 1,2,3" in Lab().run("--help").stdout
+    lines = Lab().dry_run("2a", "1_test", "--seeds", "4", "--", *flags)
+    values = [(args.env_id, args.total_timesteps, args.utd_ratio, args.seed) for args in map(parse, lines)]
+    assert values == [("walker-walk", 10, 8, 4)] * 3
+    assert "--seeds 1,2,3" in Lab().run("--help").stdout
 
 
-@pytest.mark.parametrize("space", ["\n", "\t", "   ", "\r\n", " \n\t "], ids=repr)
-def test_white_space_of_any_kind_separates(space):
-    lists = {"SWEEPS_NAMES": ["2a", "2f"], "SWEEPS_FLAGS": ["--task", "cartpole-swingup", "--steps", "400"]}
-    variables = {name: space + space.join(words) + space for name, words in lists.items()}
-    lines = Lab().dry_run(SWEEPS_SEEDS=f"3{space}4", **variables)
-    assert lines == Lab().dry_run("2a", "2f", "--seeds", f"{space}3{space},{space}4", "--", *lists["SWEEPS_FLAGS"])
-    assert Counter((args.env_id, args.total_timesteps, args.seed) for args in map(parse, lines)) == {
-        ("cartpole-swingup", 400, 3): 4,
-        ("cartpole-swingup", 400, 4): 4,
-    }
+def test_commas_and_white_space_of_any_kind_separate_seeds():
+    assert Lab().dry_run("2a", "--seeds", " 3\n4,\t5 ") == Lab().dry_run("2a", "--seeds", "3,4,5")
 
 
 # --- Messages: each is one line, and what it advises works
@@ -353,7 +342,6 @@ SWEEP_MESSAGES = {  # a sweep.sh that is wrong -> the message, a sweep.sh that f
 }
 ADVICE = "activate the virtual environment, or set PYTHON to its interpreter"
 OTHER_MESSAGES = {
-    "mode": "SWEEPS_MODE must be run, dry-run, status, report or slurm, not 'all'",
     "unknown": "there is no sweep '2z'; the sweeps are: all ...",
     "ambiguous": "'0' is the beginning of several names; give one or more of: ...",
     "duplicate": "several sweeps are named '2a_utd'; rename all but one of: ...",
@@ -413,8 +401,7 @@ def test_names_that_a_message_offers_are_sweeps(lab):
     assert len(lab.dry_run("2a_utd")) == 4
     first = ["1_first", "--seeds", "1", "--", "--task", "dog-run", "--steps", "20"]  # this group has no settings.sh
     assert len(lab.dry_run(*first)) == 1
-    check_message(lab.run(*first, SWEEPS_MODE="all"), OTHER_MESSAGES["mode"])
-    assert [lab.run(*first, SWEEPS_MODE=mode).returncode for mode in ("status", "run")] == [75, 0]
+    assert [lab.run(*mode, *first).returncode for mode in (["--status"], [])] == [75, 0]
 
 
 def test_every_message_is_followed():
@@ -489,10 +476,9 @@ def test_a_finished_run_that_is_damaged_is_not_done(lab):
 def test_options_of_the_report(lab):
     (lab.project / "sweep_list" / "report.py").write_text(STUB_REPORT)
     asked = lambda *arguments, **variables: lab.run("2a", *arguments, **variables).stdout.splitlines()[0]
-    assert asked("--report") == "arguments:" and asked("--status", SWEEPS_AXIS="updates") == "arguments: --status"
-    assert asked("--report", "--axis", "updates") == "arguments: --axis updates"
-    both = asked(SWEEPS_MODE="report", SWEEPS_AXIS="seconds", SWEEPS_EXPORT="kept")
-    assert both == "arguments: --export kept --axis seconds"
+    assert asked("--report") == "arguments: --axis decisions" and asked("--status") == "arguments: --status"
+    both = asked("--report", "--axis", "seconds", "--export", "kept here")
+    assert both == "arguments: --export kept here --axis seconds"
 
 
 @pytest.mark.parametrize("code", [2, 137])  # 137: killed
