@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from fractions import Fraction
 
 import numpy as np
 import scipy  # scipy.stats is imported on first use, so that --status stays fast
@@ -20,7 +21,8 @@ def derived_updates(run: Run, steps: np.ndarray) -> np.ndarray:
     """Return the updates made by `steps` decisions, for logs without charts/updates; pretraining updates included."""
     learning_starts, utd_ratio, num_envs = (run.setting(name) for name in UPDATE_FIELDS)
     first = math.ceil(learning_starts / num_envs) * num_envs
-    return np.where(steps < first, 0, learning_starts + np.floor((steps - first) * utd_ratio))
+    made = [math.floor(int(step - first) * Fraction(str(utd_ratio))) for step in steps]  # exact, as in the scripts
+    return np.where(steps < first, 0, learning_starts + np.array(made))
 
 
 def to_axis(run: Run, curve: np.ndarray, axis: str) -> np.ndarray:  # (n, 2) -> (m, 2)
@@ -59,20 +61,19 @@ def over_axis(runs: list[Run], axis: str) -> tuple[list[Run], list[str]]:
         if not finished:
             continue
         low, high = max(curve[0, 0] for curve in finished), min(curve[-1, 0] for curve in finished)
+        inside = max(int(np.sum((curve[:, 0] >= low) & (curve[:, 0] <= high))) for curve in finished)
+        grid = None if axis == "decisions" else np.unique(np.linspace(low, high, max(inside, 2)))
+        cut = any(curve[0, 0] < low or curve[-1, 0] > high for curve in finished)
         if low > high:
             notes.append(
                 f"**{sweep} and what is compared with it, {task}: the runs have no range of {axis} in common.**"
             )
-            for run in members:
-                run.metrics |= dict.fromkeys((PLANNER, POLICY), np.empty((0, 2)))
-            continue
-        inside = max(int(np.sum((curve[:, 0] >= low) & (curve[:, 0] <= high))) for curve in finished)
-        grid = None if axis == "decisions" else np.unique(np.linspace(low, high, max(inside, 2)))
-        cut = any(curve[0, 0] < low or curve[-1, 0] > high for curve in finished)
-        if cut or axis != "decisions":
+        elif cut or axis != "decisions":
             notes.append(f"{sweep}, {task}: compared from {low:,.0f} to {high:,.0f} {axis}.")
         for run in members:
             run.metrics |= {tag: restrict(run.curve(tag), low, high, grid) for tag in (PLANNER, POLICY)}
+    if axis != "decisions":
+        notes.append("In these curves, evaluations are points that were interpolated, evenly spaced over this range.")
     if axis == "updates":
         notes.append("Updates include those of pretraining; for a log without `charts/updates` the flags give them.")
     if axis == "seconds":
@@ -84,7 +85,7 @@ def over_axis(runs: list[Run], axis: str) -> tuple[list[Run], list[str]]:
 
 def restrict(curve: np.ndarray, low: float, high: float, grid: np.ndarray | None) -> np.ndarray:
     """Cut a curve to [low, high], with interpolated ends, or interpolate it on the grid as far as it goes."""
-    if not len(curve) or curve[-1, 0] < low:
+    if low > high or not len(curve) or curve[-1, 0] < low:
         return curve[:0]
     if grid is None:
         x = curve[:, 0]

@@ -342,13 +342,13 @@ def main() -> int:
     for run in runs:
         if run.damage:
             print(f"damaged: {run.damage}", file=sys.stderr)
-    if options.export:
-        export_runs(runs, out)
-    if options.export or options.replot:
-        try:
+    try:
+        if options.export:
+            export_runs(runs, out)
+        if options.export or options.replot:
             runs = load_exported(out)
-        except (OSError, ValueError, KeyError) as error:
-            sys.exit(f"report.py: {out} is no complete folder of exported runs: {error}")
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"report.py: {out} is no complete folder of exported runs: {error}")
     (out / "figures").mkdir(parents=True, exist_ok=True)
     file = out / ("report.md" if options.axis == "decisions" else f"report_{options.axis}.md")
     file.write_text(page(runs, out, options.axis), errors="surrogateescape")

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Run:
     args: dict
     versions: dict  # time of the first start, git commits of all starts, package versions of the last one
     finished: bool
-    damage: str  # path of a damaged file and what is wrong with it; empty if there is none
+    damage: str  # path of the first damaged file and what is wrong with it; empty if there is none
     metrics: dict[str, np.ndarray]  # tag -> (n, 2): global_step and value
 
     @property
@@ -82,16 +83,19 @@ def speeds(runs: list[Run]) -> np.ndarray:  # (finished seeds,): median decision
 
 
 def read_run(line: str) -> Run:
-    """Read a run's files. What cannot be read is noted in `damage`; files that do not exist yet are not damage."""
+    """Read a run's files, up to the first damaged one. Files that do not exist yet are not damage."""
     name, steps, sweep, baseline, configuration, seed, question, command = line.rstrip("\n").split("\t")
-    folder, problems = Path(name), []
-    args = read_json(folder / "args.json", {}, problems)
-    starts = read_json(folder / "versions.json", [], problems)
-    finished = (read_json(folder / "finished.json", {}, problems).get("total_timesteps") or -1) >= int(steps)
-    metrics = read_metrics(folder / "metrics.csv", finished, problems)
-    for file in (folder / "args.json", folder / "metrics.csv"):
-        if finished and not file.exists():
-            problems.append(f"{file}: missing")
+    folder, damage = Path(name), ""
+    finished, args, starts, metrics = False, {}, [], {}
+    try:
+        finished = (read_json(folder / "finished.json", {}).get("total_timesteps") or -1) >= int(steps)
+        args, starts = read_json(folder / "args.json", {}), read_json(folder / "versions.json", [])
+        metrics = read_metrics(folder / "metrics.csv", finished)
+        for file in (folder / "args.json", folder / "metrics.csv"):
+            if finished and not file.exists():
+                raise ValueError(f"{file}: missing")
+    except (OSError, ValueError) as error:
+        damage = str(error)
     if "num_envs" in args:
         # The last vector step of a run may exceed `steps` by num_envs - 1 decisions. Entries of later steps belong to a
         # run that was extended: it counts as finished, even while it has no finished.json, and they are left out
@@ -110,7 +114,7 @@ def read_run(line: str) -> Run:
         args=args,
         versions=merge_starts(starts),
         finished=finished,
-        damage="; ".join(problems),
+        damage=damage,
         metrics=metrics,
     )
 
@@ -126,51 +130,45 @@ def merge_starts(starts: list[dict]) -> dict:
     return versions
 
 
-def read_file(file: Path, problems: list[str]) -> str | None:
-    """Return the file's text, or None if it does not exist or cannot be read. Appends to `problems`."""
+def read_file(file: Path) -> str | None:
+    """Return the file's text, or None if there is no file. Raises ValueError, or OSError if it cannot be read."""
     try:
         return file.read_text()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
-        return None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8") from error
 
 
-def read_json(file: Path, default: Any, problems: list[str]) -> Any:
-    """Return the file's JSON value, or `default`, whose type the value must have. Appends to `problems`."""
-    text = read_file(file, problems)
+def read_json(file: Path, default: Any) -> Any:
+    """Return the file's JSON value, which must have the type of `default`; without a file, return `default`."""
+    text = read_file(file)
     if text is None:
         return default
     try:
         value = json.loads(text)
-    except ValueError:
-        value = None
-    if type(value) is type(default):
-        return value
-    problems.append(f"{file}: {'not valid JSON' if text.strip() else 'empty'}")
-    return default
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if type(value) is not type(default):
+        raise ValueError(f"{file}: not a {type(default).__name__}")
+    return value
 
 
-def read_metrics(file: Path, finished: bool, problems: list[str]) -> dict[str, np.ndarray]:
-    """Read metrics.csv up to the first damaged line.
-
-    The last line of an unfinished run may still be being written: without a line end it is left out.
-    """
-    lines = (read_file(file, problems) or "").split("\n")
-    if finished and lines[-1]:
-        problems.append(f"{file}: the last line is incomplete")
+def read_metrics(file: Path, finished: bool) -> dict[str, np.ndarray]:
+    """Read metrics.csv. Of an unfinished run, the last line is left out if it is incomplete: it is being written."""
+    *lines, rest = (read_file(file) or "").split("\n")
+    if finished and rest:
+        raise ValueError(f"{file}: the last line is incomplete")
     points: dict[str, list[tuple[float, float]]] = {}
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
             step, _env_steps, tag, value = line.split(",")
             if not tag.isprintable():  # NULs, for example
                 raise ValueError(tag)
             if number > 1:
                 points.setdefault(tag, []).append((float(step), float(value)))
-        except ValueError:
-            problems.append(f"{file}: line {number} is not global_step,env_steps,tag,value")
-            break
+        except ValueError as error:
+            raise ValueError(f"{file}: line {number} is not global_step,env_steps,tag,value") from error
     return {tag: np.array(values) for tag, values in points.items()}
 
 
@@ -183,13 +181,10 @@ def export_runs(runs: list[Run], folder: Path) -> None:
     Unfinished runs are listed there too, until the next export, so that the page says what is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    problems: list[str] = []
-    entries = read_json(folder / "runs.json", {}, problems)
-    if problems:
-        sys.exit(f"report.py: {problems[0]}; nothing was exported")
+    entries = read_json(folder / "runs.json", {})
     entries = {name: entry for name, entry in entries.items() if entry.get("finished", True)}
-    word = r"(?:\\.|[^\\\s])"  # a character of a word, with bash's escapes
-    commands = [re.sub(rf"^{word}+ (?:{word}*/)?", "python ", run.command) for run in runs]  # without folders
+    words = [shlex.split(run.command) for run in runs]
+    commands = [shlex.join(["python", Path(script).name, *flags]) for _python, script, *flags in words]
     for run, command in zip(runs, commands, strict=True):
         kept = entries.get(run.name, {}).get("command", command)
         if kept != command:
@@ -201,17 +196,11 @@ def export_runs(runs: list[Run], folder: Path) -> None:
             entries.setdefault(run.name, entry | {"finished": False})
             continue
         columns = {name: dict(run.curve(tag)) for name, tag in COLUMNS.items()}
-        steps = sorted(columns["planner_return"].keys() | columns["policy_return"].keys())
-        columns = {name: curve for name, curve in columns.items() if curve or name.endswith("return")}
-        rows = [["global_step", "env_steps", *columns]]
-        for step in steps:
-            row = [f"{step:.0f}", f"{step * run.args['action_repeat']:.0f}"]
-            for name, curve in columns.items():
-                digits = 6 if name.endswith("return") else 10
-                row.append(f"{curve[step]:.{digits}g}" if step in curve else "")
-            rows.append(row)
-        text = "".join(",".join(row) + "\n" for row in rows)
-        (folder / f"{run.name}.csv").write_text(text)
+        with open(folder / f"{run.name}.csv", "w") as file:
+            print("global_step", "env_steps", *columns, sep=",", file=file)
+            for step in sorted(columns["planner_return"].keys() | columns["policy_return"].keys()):
+                values = [step, step * run.args["action_repeat"], *(curve.get(step) for curve in columns.values())]
+                print(*("" if value is None else f"{value:.10g}" for value in values), sep=",", file=file)
         entries[run.name] = entry | {
             "args": {key: run.args[key] for key in EXPORTED_ARGS if key in run.args},
             "decisions_a_second": [round(float(speed), 1) for speed in speeds([run])],
