@@ -215,8 +215,8 @@ class Args:
     extended becomes what it would be with this length from the start; an evaluation at its old end is kept if
     --eval-freq asks for it"""
     learning_starts: PositiveInt = 2_500
-    """decisions of the warm-up, with random actions (JAX: 10 000). As many pretraining updates of world model and value
-    heads follow"""
+    """decisions of the warm-up, with random actions (JAX: 10 000). The same number of pretraining updates of
+    world model and value heads follows"""
     utd_ratio: PositiveFloat = 1.0
     """updates per decision; 0.5 is one update every two decisions. Sweep 2a: do more updates per decision speed up
     learning?"""
@@ -441,15 +441,15 @@ def two_hot(x: Tensor, args: Args) -> Tensor:
     symlog(x) is clipped to the range of the bins; a probability of 1 is split linearly between the two nearest bins.
     """
     bins_per_unit = (args.num_bins - 1) / (args.vmax - args.vmin)
-    position = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit
-    bins = torch.arange(args.num_bins, device=x.device, dtype=x.dtype)
-    return (1 - (position.unsqueeze(-1) - bins).abs()).clamp(min=0)  # (..., K)
+    index = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit  # of a bin, with a fractional part
+    bin_indices = torch.arange(args.num_bins, device=x.device, dtype=x.dtype)
+    return (1 - (index.unsqueeze(-1) - bin_indices).abs()).clamp(min=0)  # (..., K)
 
 
 def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
-    """Decode logits (..., K) to scalars (...): symexp of the expected position among the bins."""
-    bins = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
-    return symexp((logits.softmax(-1) * bins).sum(-1))
+    """Decode logits (..., K) to scalars (...): symexp of the expected bin position."""
+    positions = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
+    return symexp((logits.softmax(-1) * positions).sum(-1))
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -462,7 +462,7 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     return torch.log(std_q / std_p) + (std_p.square() + (mean_p - mean_q).square()) / (2 * std_q.square()) - 0.5
 
 
-def rho_weights(args: Args, like: Tensor) -> Tensor:
+def rho_weights(like: Tensor, args: Args) -> Tensor:
     """Compute loss weights (n,) for the n steps of `like` (n, ...): rho^t / sum rho^t, or rho^t / n (official)."""
     weights = args.rho ** torch.arange(len(like), device=like.device, dtype=like.dtype)
     return weights / (weights.sum() if args.normalize_rho_weights else len(like))
@@ -587,7 +587,7 @@ class MLP(nn.Module):
         num_heads = len(self.layers[0].weight)
         if num_heads == 1 or x.device.type != "cpu":
             return self.forward_heads(x, a, slice(None), dropout_mask)
-        select = lambda y, head: y if y is None or len(y) == 1 else y[head]
+        select = lambda y, head: y if y is None or len(y) == 1 else y[head]  # of length 1: shared by all heads
         outputs = []
         for h in range(num_heads):
             head = slice(h, h + 1)
@@ -712,7 +712,7 @@ class Plan(NamedTuple):
     action: Tensor  # (S, A) first action of the sampled elite, with exploration noise
     elite_action: Tensor  # (S, A) first action of the sampled elite
     best_action: Tensor  # (S, A) first action of the best elite
-    mean: Tensor  # (S, T, A)
+    mean: Tensor  # (S, T, A) mean of the action sequence
     std: Tensor  # (S, A) std of the first action
     value: Tensor  # (S,) score of the sampled elite
     return_std: Tensor  # (S,) [V3] std of the H x Q predicted returns, averaged over the elites
@@ -799,7 +799,7 @@ def mppi_iteration(
     # Select the elites and weight them by their scores
     elite_scores, elite_index = scores.topk(args.num_elites, dim=1)
     elites = actions.take_along_dim(elite_index[:, :, None, None], 1)  # (S, num_elites, T, A)
-    weights = torch.softmax(args.temperature * (elite_scores - elite_scores[:, :1]), 1)
+    weights = torch.softmax(args.temperature * elite_scores, 1)
 
     # Refit mean and std to the weighted elites
     w = weights[:, :, None, None]
@@ -847,9 +847,10 @@ def plan(
     # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
     gumbel = -torch.log(-torch.log(noise.elite))
     sampled = (weights.log() + gumbel).argmax(1)  # (S,)
-    elite_action = elites[torch.arange(len(z), device=z.device), sampled, 0]  # (S, A)
+    rows = torch.arange(len(z), device=z.device)
+    elite_action = elites[rows, sampled, 0]  # (S, A)
     action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
-    value = elite_scores.gather(1, sampled[:, None])[:, 0]
+    value = elite_scores[rows, sampled]  # (S,)
     bonus = std_coef * elite_return_stds  # (S, num_elites) [V3]; score - bonus: mean return over heads, if finite
     bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)  # [V3]
     diagnostics = torch.stack([elite_return_stds, bonus_share, is_from_policy], 2).mean(1)  # (S, 3) [V3]
@@ -920,7 +921,7 @@ def make_expert(planned: Plan, chosen_action: Tensor, args: Args) -> Expert:
 
 
 class Batch(NamedTuple):
-    """B windows of T consecutive transitions of one episode each."""
+    """B windows, each of T consecutive transitions of one episode."""
 
     obs: Tensor  # (T, B, O)
     action: Tensor  # (T, B, A)
@@ -987,13 +988,13 @@ def world_model_loss(
 
     Returns the total loss, the states of the rollout without gradient (T, B, L), and metrics.
     """
-    weights = rho_weights(args, batch.reward)  # (T,)
+    weights = rho_weights(batch.reward, args)  # (T,)
 
     # Encode all T+1 observations. The rollout starts at encoding 0; encodings 1 to T are its targets. By default, value
     # targets are imagined from encodings 0 to T-1
     z_0 = model.encoder(batch.obs[0])  # (B, L)
     true_z_needs_grad = args.encoder_consistency_coef > 0 or args.imagine_initial_source == "replay_true"
-    with torch.set_grad_enabled(true_z_needs_grad and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(true_z_needs_grad):
         true_z = torch.cat([z_0[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
 
     # Latent consistency and reward
@@ -1002,7 +1003,7 @@ def world_model_loss(
     reward_logits = model.reward(zs, batch.action[:, None])  # (T, H, B, K)
     reward_loss = soft_cross_entropy(reward_logits, two_hot(batch.reward, args)[:, None]).mean((1, 2))  # (T,)
 
-    # Value. Averaging the two-hot targets of R rollouts averages their losses, since cross-entropy is linear in them
+    # Value. Averaging the two-hot targets of R rollouts averages their losses: cross-entropy is linear in its target
     rollout_z = zs[:, 0]  # (T, B, L), of dynamics head 0
     value_z = rollout_z if args.imagine_initial_source == "replay_rollout" else true_z[:-1]
     target_z = true_z[:-1] if args.td_target_initial_source == "replay_true" else value_z
@@ -1066,7 +1067,7 @@ def imitation_loss(  # [V12]
     Optional terms: an entropy bonus, and a trust region around the EMA policy.
     z: (T, B, L), states of the rollout; expert: (T, B, A). Returns the loss, the new scale and metrics.
     """
-    weights = rho_weights(args, z)  # (T,)
+    weights = rho_weights(z, args)  # (T,)
     reduce = torch.mean if args.kl_reduction == "mean" else torch.sum
     mean, std = policy_gaussian(policy, z, args)  # (T, B, A) [V12]
     expert_std = (expert.std * args.expert_std_scale).clamp(min=args.expert_std_min)
@@ -1113,19 +1114,19 @@ def policy_loss(model: WorldModel, z: Tensor, expert: Expert, args: Args) -> tup
 
 def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
     """Make one Adam for the world model and the value heads, and one for the policy."""
-    networks = {model.encoder: args.lr * args.enc_lr_scale}
+    learning_rates = {model.encoder: args.lr * args.enc_lr_scale}
     for network in (model.dynamics, model.reward, model.value, model.termination):
         if network is not None:
-            networks[network] = args.lr
+            learning_rates[network] = args.lr
     if args.ensemble_lr_scaling:  # [V8]
-        networks[model.dynamics] = args.lr * args.planner_num_dynamics_heads
-        networks[model.value] = args.lr * (args.num_q / 5)
+        learning_rates[model.dynamics] = args.lr * args.planner_num_dynamics_heads
+        learning_rates[model.value] = args.lr * (args.num_q / 5)
     params_by_lr: dict[float, list[nn.Parameter]] = {}  # one group per learning rate: each costs a kernel launch
-    for network, lr in networks.items():
+    for network, lr in learning_rates.items():
         params_by_lr.setdefault(lr, []).extend(network.parameters())
     groups = [dict(params=params, lr=lr) for lr, params in params_by_lr.items()]
-    device = model.kl_scale.device.type
-    options = dict(fused=device in ("cpu", "cuda"), capturable=device == "cuda")
+    device_type = model.kl_scale.device.type
+    options = dict(fused=device_type in ("cpu", "cuda"), capturable=device_type == "cuda")
     world_optimizer = torch.optim.Adam(groups, **options)
     policy_params = [*model.policy.parameters()]  # [V12]
     if args.dual_policy_enabled:  # [V12]
@@ -1135,11 +1136,11 @@ def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, to
 
 
 def optimizer_step(loss: Tensor, optimizer: torch.optim.Adam, args: Args) -> Tensor:
-    """Clip the gradient of the loss and take one optimizer step. Returns the norm of the gradient before clipping."""
+    """Backpropagate the loss, clip the gradient and take one optimizer step. Returns its norm before clipping."""
     loss.backward()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm(grads)
-    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # like clip_grad_norm_, without its epsilon
+    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # clip_grad_norm_ in two launches less
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -1168,9 +1169,9 @@ def update(
     args: Args,
     pretraining: bool,
 ) -> dict[str, Tensor]:
-    """Update the world model, the policy (except in pretraining) and the moving averages (BMPC, algorithm 1).
+    """Update the world model, the value heads, the policy (except in pretraining) and the moving averages.
 
-    Returns metrics.
+    Follows algorithm 1 of BMPC. Returns metrics.
     """
     world_optimizer, policy_optimizer = optimizers
     loss, z, metrics = functions.world_model_loss(model, batch, noise, args)
@@ -1206,7 +1207,7 @@ class ReplayBuffer:
         # Columns of a row: obs, action, mean and std of the expert, reward, terminated, next_obs
         self.widths = [task.obs_dim, A, expert_dim, expert_dim, 1, 1, task.obs_dim]  # [V11]
         zeros = np.zeros((self.capacity, E, sum(self.widths)), np.float32)  # on a CPU, pages are allocated when written
-        self.rows = torch.from_numpy(zeros).to(device)
+        self.rows = torch.from_numpy(zeros).to(device)  # (C, E, sum of widths)
         self.valid_start = np.zeros((self.capacity, E), bool)  # whether a window starts at a row
         self.start_indices = np.zeros(0, np.int64)  # the rows where a window starts
         self.episode_step = np.zeros(E, np.int64)  # decisions so far in the current episodes
@@ -1329,7 +1330,7 @@ def act(
         generator = make_generator("expert")
         separate = run_planner(plan_fn, model, policy, obs, zero_mean, generator, args, std_coef)  # [V4] [V13]
         expert = make_expert(separate, separate.elite_action, args)
-    metrics = {"planner/elite_std": behavior.std.mean(), "planner/value": behavior.value.mean()}
+    metrics = {"planner/plan_std": behavior.std.mean(), "planner/value": behavior.value.mean()}
     if args.dual_policy_enabled:  # [V13] the expert of the pessimistic policy is planned separately
         zero_mean = torch.zeros_like(prev_mean)
         generator = make_generator("own expert")
@@ -1359,7 +1360,8 @@ def eval_action(
     """
     std_coef = args.planner_value_std_coef_eval  # [V4]
     planned = run_planner(plan_fn, model, model.policy, obs, prev_mean, generator, args, std_coef)  # [V4]
-    return planned.elite_action if args.eval_sample_elite else planned.best_action, planned.mean
+    action = planned.elite_action if args.eval_sample_elite else planned.best_action
+    return action, planned.mean
 
 
 @torch.no_grad()
@@ -1466,18 +1468,20 @@ class Run:
 
 
 def updates_due(args: Args, step: int) -> int:
-    """Return how many updates are due when global_step is `step`: floor(utd_ratio x decisions after the warm-up).
+    """Return the total number of updates, without pretraining, that are to be done by the time global_step is `step`.
 
-    The product is exact: in floats, 0.29 x 100 is 28.999..., and the 29th update would come a decision late.
+    It is floor(utd_ratio x decisions after the warm-up). The product is exact: in floats, 0.29 x 100 is 28.999..., and
+    the 29th update would come a decision late.
     """
     warm_up = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
 
 
 def train_step(run: Run, pretraining: bool) -> None:
-    """Sample a batch, reanalyze it if due, and update the networks."""
+    """Sample a batch, reanalyze part of it if due, and update the networks."""
     args = run.args
     noise = sample_update_noise(args, run.action_dim, run.make_generator)
+    # The buffer looks windows up on the host
     window_rng = np.random.default_rng([args.seed, run.pretraining_updates, run.updates])
     batch = run.buffer.sample(window_rng.random(args.batch_size))
     if pretraining:
@@ -1498,7 +1502,7 @@ def pretrain(run: Run, controller: "RunController") -> None:
         while run.pretraining_updates < run.args.learning_starts and not controller.stop_requested:
             train_step(run, pretraining=True)
             progress.update()
-    controller.restart_speed()  # no decisions were made meanwhile
+    controller.reset_sps()  # no decisions were made during pretraining
 
 
 def store_step(run: Run, envs: "Envs", action: Tensor, expert: Expert, plan_mean: Tensor) -> None:
@@ -2106,7 +2110,9 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
         "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
         "cpp_wrapper": not on_cuda,  # all kernels of a graph are compiled together, and called without Python
-        "dynamic_scale_rblock": not args.torch_deterministic,  # with it, each process times kernels and chooses
+        # With these two, each process times kernels and chooses
+        "dynamic_scale_rblock": not args.torch_deterministic,
+        "shape_padding": not args.torch_deterministic,
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -2143,6 +2149,7 @@ def delete_incomplete_libraries() -> None:
             while not is_complete(path):
                 if time.time() - path.stat().st_mtime > 60:
                     path.unlink()
+                    break
                 time.sleep(1)
 
 
@@ -2659,7 +2666,7 @@ class RunController:
         self.run.training_seconds += now - self.clock_start
         self.clock_start = now
 
-    def restart_speed(self) -> None:
+    def reset_sps(self) -> None:
         """Start a new measurement of decisions per second."""
         self.add_training_seconds()
         self.speed_start = (self.run.global_step, self.run.training_seconds)
@@ -2802,8 +2809,8 @@ def default_discount(args: Args, task: TaskInfo) -> float:
     """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if it has no time limit."""
     if task.episode_length is None:
         raise UsageError(f"{args.env_id} has no time limit to compute the discount from; give --discount")
-    n = task.episode_length / args.discount_denom
-    return min(max((n - 1) / n, args.discount_min), args.discount_max)
+    frac = task.episode_length / args.discount_denom
+    return min(max((frac - 1) / frac, args.discount_min), args.discount_max)
 
 
 def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:

@@ -200,7 +200,7 @@ class Args:
     extended becomes what it would be with this length from the start; an evaluation at its old end is kept if
     --eval-freq asks for it"""
     learning_starts: PositiveInt = 2_500
-    """decisions of the warm-up, with random actions. As many pretraining updates follow"""  # [T1]
+    """decisions of the warm-up, with random actions. The same number of pretraining updates follows"""  # [T1]
     utd_ratio: PositiveFloat = 1.0
     """updates per decision; 0.5 is one update every two decisions. Sweep 2a: do more updates per decision speed up
     learning?"""
@@ -334,15 +334,15 @@ def two_hot(x: Tensor, args: Args) -> Tensor:
     symlog(x) is clipped to the range of the bins; a probability of 1 is split linearly between the two nearest bins.
     """
     bins_per_unit = (args.num_bins - 1) / (args.vmax - args.vmin)
-    position = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit
-    bins = torch.arange(args.num_bins, device=x.device, dtype=x.dtype)
-    return (1 - (position.unsqueeze(-1) - bins).abs()).clamp(min=0)  # (..., K)
+    index = (symlog(x).clamp(args.vmin, args.vmax) - args.vmin) * bins_per_unit  # of a bin, with a fractional part
+    bin_indices = torch.arange(args.num_bins, device=x.device, dtype=x.dtype)
+    return (1 - (index.unsqueeze(-1) - bin_indices).abs()).clamp(min=0)  # (..., K)
 
 
 def two_hot_inv(logits: Tensor, args: Args) -> Tensor:
-    """Decode logits (..., K) to scalars (...): symexp of the expected position among the bins."""
-    bins = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
-    return symexp((logits.softmax(-1) * bins).sum(-1))
+    """Decode logits (..., K) to scalars (...): symexp of the expected bin position."""
+    positions = torch.linspace(args.vmin, args.vmax, args.num_bins, device=logits.device, dtype=logits.dtype)
+    return symexp((logits.softmax(-1) * positions).sum(-1))
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -353,7 +353,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 # [T2] BMPC: gaussian_kl
 
 
-def rho_weights(args: Args, like: Tensor) -> Tensor:
+def rho_weights(like: Tensor, args: Args) -> Tensor:
     """Compute loss weights (n,) for the n steps of `like` (n, ...): rho^t / sum rho^t, or rho^t / n (official)."""
     weights = args.rho ** torch.arange(len(like), device=like.device, dtype=like.dtype)
     return weights / (weights.sum() if args.normalize_rho_weights else len(like))
@@ -478,7 +478,7 @@ class MLP(nn.Module):
         num_heads = len(self.layers[0].weight)
         if num_heads == 1 or x.device.type != "cpu":
             return self.forward_heads(x, a, slice(None), dropout_mask)
-        select = lambda y, head: y if y is None or len(y) == 1 else y[head]
+        select = lambda y, head: y if y is None or len(y) == 1 else y[head]  # of length 1: shared by all heads
         outputs = []
         for h in range(num_heads):
             head = slice(h, h + 1)
@@ -599,7 +599,7 @@ class Plan(NamedTuple):
     action: Tensor  # (S, A) first action of the sampled elite, with exploration noise
     elite_action: Tensor  # (S, A) first action of the sampled elite
     best_action: Tensor  # (S, A) first action of the best elite
-    mean: Tensor  # (S, T, A)
+    mean: Tensor  # (S, T, A) mean of the action sequence
     std: Tensor  # (S, A) std of the first action
     value: Tensor  # (S,) predicted return of the sampled elite
 
@@ -675,7 +675,7 @@ def mppi_iteration(
     # Select the elites and weight them by their scores
     elite_scores, elite_index = scores.topk(args.num_elites, dim=1)
     elites = actions.take_along_dim(elite_index[:, :, None, None], 1)  # (S, num_elites, T, A)
-    weights = torch.softmax(args.temperature * (elite_scores - elite_scores[:, :1]), 1)
+    weights = torch.softmax(args.temperature * elite_scores, 1)
 
     # Refit mean and std to the weighted elites
     w = weights[:, :, None, None]
@@ -716,9 +716,10 @@ def plan(
     # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
     gumbel = -torch.log(-torch.log(noise.elite))
     sampled = (weights.log() + gumbel).argmax(1)  # (S,)
-    elite_action = elites[torch.arange(len(z), device=z.device), sampled, 0]  # (S, A)
+    rows = torch.arange(len(z), device=z.device)
+    elite_action = elites[rows, sampled, 0]  # (S, A)
     action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
-    value = elite_scores.gather(1, sampled[:, None])[:, 0]
+    value = elite_scores[rows, sampled]  # (S,)
     return Plan(action, elite_action, elites[:, 0, 0], mean, std[:, 0], value)
 
 
@@ -757,7 +758,7 @@ def shift_plan(mean: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """B windows of T consecutive transitions of one episode each."""
+    """B windows, each of T consecutive transitions of one episode."""
 
     obs: Tensor  # (T, B, O)
     action: Tensor  # (T, B, A)
@@ -817,12 +818,12 @@ def world_model_loss(
 
     Returns the total loss, the states of the rollout without gradient (T+1, B, L), and metrics. [T2]
     """
-    weights = rho_weights(args, batch.reward)  # (T,)
+    weights = rho_weights(batch.reward, args)  # (T,)
 
     # Encode all T+1 observations. The rollout starts at encoding 0; encodings 1 to T are its targets [T6]
     z_0 = model.encoder(batch.obs[0])  # (B, L)
     true_z_needs_grad = args.encoder_consistency_coef > 0  # [T6]
-    with torch.set_grad_enabled(true_z_needs_grad and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(true_z_needs_grad):
         true_z = torch.cat([z_0[None], model.encoder(batch.next_obs)])  # (T+1, B, L)
 
     # Latent consistency and reward
@@ -888,7 +889,7 @@ def policy_loss(
 
     z: (T+1, B, L), states of the rollout. Returns the loss, the new scale and metrics. [T2]
     """
-    weights = rho_weights(args, z)  # (T+1,) [T2]
+    weights = rho_weights(z, args)  # (T+1,) [T2]
     mean, std = policy_gaussian(model.policy, z, args)  # (T+1, B, A)
     a = torch.tanh(mean + std * noise.policy)
     q = q_values(model.value, z, a, noise.policy_heads, args).mean(0)  # (T+1, B)
@@ -907,27 +908,27 @@ def policy_loss(
 
 def make_optimizers(model: WorldModel, args: Args) -> tuple[torch.optim.Adam, torch.optim.Adam]:
     """Make one Adam for the world model and the value heads, and one for the policy."""
-    networks = {model.encoder: args.lr * args.enc_lr_scale}
+    learning_rates = {model.encoder: args.lr * args.enc_lr_scale}
     for network in (model.dynamics, model.reward, model.value, model.termination):
         if network is not None:
-            networks[network] = args.lr
+            learning_rates[network] = args.lr
     params_by_lr: dict[float, list[nn.Parameter]] = {}  # one group per learning rate: each costs a kernel launch
-    for network, lr in networks.items():
+    for network, lr in learning_rates.items():
         params_by_lr.setdefault(lr, []).extend(network.parameters())
     groups = [dict(params=params, lr=lr) for lr, params in params_by_lr.items()]
-    device = model.q_scale.device.type  # [T2]
-    options = dict(fused=device in ("cpu", "cuda"), capturable=device == "cuda")
+    device_type = model.q_scale.device.type  # [T2]
+    options = dict(fused=device_type in ("cpu", "cuda"), capturable=device_type == "cuda")
     world_optimizer = torch.optim.Adam(groups, **options)
     policy_optimizer = torch.optim.Adam(model.policy.parameters(), lr=args.lr, eps=1e-5, **options)
     return world_optimizer, policy_optimizer
 
 
 def optimizer_step(loss: Tensor, optimizer: torch.optim.Adam, args: Args) -> Tensor:
-    """Clip the gradient of the loss and take one optimizer step. Returns the norm of the gradient before clipping."""
+    """Backpropagate the loss, clip the gradient and take one optimizer step. Returns its norm before clipping."""
     loss.backward()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm(grads)
-    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # like clip_grad_norm_, without its epsilon
+    torch._foreach_div_(grads, (norm / args.grad_clip_norm).clamp(min=1.0))  # clip_grad_norm_ in two launches less
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -955,7 +956,7 @@ def update(
     noise: UpdateNoise,
     args: Args,  # [T2] BMPC: pretraining
 ) -> dict[str, Tensor]:
-    """Update the world model, the policy and the target value heads. Returns metrics. [T2]"""
+    """Update the world model, the value heads, the policy and the target value heads. Returns metrics. [T2]"""
     world_optimizer, policy_optimizer = optimizers
     loss, z, metrics = functions.world_model_loss(model, batch, noise, args)
     metrics["losses/grad_norm"] = optimizer_step(loss, world_optimizer, args)
@@ -986,7 +987,7 @@ class ReplayBuffer:
         # Columns of a row: obs, action, reward, terminated, next_obs [T5]
         self.widths = [task.obs_dim, A, 1, 1, task.obs_dim]  # [T5]
         zeros = np.zeros((self.capacity, E, sum(self.widths)), np.float32)  # on a CPU, pages are allocated when written
-        self.rows = torch.from_numpy(zeros).to(device)
+        self.rows = torch.from_numpy(zeros).to(device)  # (C, E, sum of widths)
         self.valid_start = np.zeros((self.capacity, E), bool)  # whether a window starts at a row
         self.start_indices = np.zeros(0, np.int64)  # the rows where a window starts
         self.episode_step = np.zeros(E, np.int64)  # decisions so far in the current episodes
@@ -1086,7 +1087,7 @@ def act(
     """
     behavior = run_planner(plan_fn, model, model.policy, obs, prev_mean, make_generator("act"), args)
     # [T5] BMPC: the expert of the transition
-    metrics = {"planner/elite_std": behavior.std.mean(), "planner/value": behavior.value.mean()}
+    metrics = {"planner/plan_std": behavior.std.mean(), "planner/value": behavior.value.mean()}
     return behavior.action, behavior.mean, metrics  # [T5]
 
 
@@ -1104,7 +1105,8 @@ def eval_action(
     Returns the actions (S, A) and the means of the plans (S, T, A).
     """
     planned = run_planner(plan_fn, model, model.policy, obs, prev_mean, generator, args)
-    return planned.elite_action if args.eval_sample_elite else planned.best_action, planned.mean
+    action = planned.elite_action if args.eval_sample_elite else planned.best_action
+    return action, planned.mean
 
 
 @torch.no_grad()
@@ -1174,9 +1176,10 @@ class Run:
 
 
 def updates_due(args: Args, step: int) -> int:
-    """Return how many updates are due when global_step is `step`: floor(utd_ratio x decisions after the warm-up).
+    """Return the total number of updates, without pretraining, that are to be done by the time global_step is `step`.
 
-    The product is exact: in floats, 0.29 x 100 is 28.999..., and the 29th update would come a decision late.
+    It is floor(utd_ratio x decisions after the warm-up). The product is exact: in floats, 0.29 x 100 is 28.999..., and
+    the 29th update would come a decision late.
     """
     warm_up = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
     return math.floor(max(0, step - warm_up) * Fraction(str(args.utd_ratio)))
@@ -1186,6 +1189,7 @@ def train_step(run: Run, pretraining: bool) -> None:
     """Sample a batch and update the networks."""  # [T5]
     args = run.args
     noise = sample_update_noise(args, run.action_dim, run.make_generator)
+    # The buffer looks windows up on the host
     window_rng = np.random.default_rng([args.seed, run.pretraining_updates, run.updates])
     batch = run.buffer.sample(window_rng.random(args.batch_size))
     if pretraining:
@@ -1203,7 +1207,7 @@ def pretrain(run: Run, controller: "RunController") -> None:
         while run.pretraining_updates < run.args.learning_starts and not controller.stop_requested:
             train_step(run, pretraining=True)
             progress.update()
-    controller.restart_speed()  # no decisions were made meanwhile
+    controller.reset_sps()  # no decisions were made during pretraining
 
 
 def store_step(run: Run, envs: "Envs", action: Tensor, plan_mean: Tensor) -> None:  # [T5]
@@ -1811,7 +1815,9 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
         "combo_kernels": on_cuda,  # merges independent kernels, since each launch takes time
         "comprehensive_padding": False,  # padded outputs would be copied, each in its own launch
         "cpp_wrapper": not on_cuda,  # all kernels of a graph are compiled together, and called without Python
-        "dynamic_scale_rblock": not args.torch_deterministic,  # with it, each process times kernels and chooses
+        # With these two, each process times kernels and chooses
+        "dynamic_scale_rblock": not args.torch_deterministic,
+        "shape_padding": not args.torch_deterministic,
         "triton.cudagraphs": on_cuda and args.cudagraphs,
     }
     compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -1848,6 +1854,7 @@ def delete_incomplete_libraries() -> None:
             while not is_complete(path):
                 if time.time() - path.stat().st_mtime > 60:
                     path.unlink()
+                    break
                 time.sleep(1)
 
 
@@ -2364,7 +2371,7 @@ class RunController:
         self.run.training_seconds += now - self.clock_start
         self.clock_start = now
 
-    def restart_speed(self) -> None:
+    def reset_sps(self) -> None:
         """Start a new measurement of decisions per second."""
         self.add_training_seconds()
         self.speed_start = (self.run.global_step, self.run.training_seconds)
@@ -2507,8 +2514,8 @@ def default_discount(args: Args, task: TaskInfo) -> float:
     """Compute the discount from the length of an episode (TD-MPC2). Raises UsageError if it has no time limit."""
     if task.episode_length is None:
         raise UsageError(f"{args.env_id} has no time limit to compute the discount from; give --discount")
-    n = task.episode_length / args.discount_denom
-    return min(max((n - 1) / n, args.discount_min), args.discount_max)
+    frac = task.episode_length / args.discount_denom
+    return min(max((frac - 1) / frac, args.discount_min), args.discount_max)
 
 
 def check_args(args: Args, task: TaskInfo) -> Iterable[tuple[bool, str]]:

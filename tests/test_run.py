@@ -19,7 +19,7 @@ TAGS = set(  # of metrics.csv
     "charts/episodic_return charts/episodic_length charts/SPS charts/updates charts/training_seconds "
     "losses/consistency losses/reward losses/value "
     "losses/policy losses/total losses/td_target losses/kl losses/kl_scale losses/entropy losses/grad_norm "
-    "losses/policy_grad_norm planner/elite_std planner/value eval/episodic_return "
+    "losses/policy_grad_norm planner/plan_std planner/value eval/episodic_return "
     "eval/policy_episodic_return".split()
 )
 CARTPOLE = "--action-repeat 50 --learning-starts 30 --steps 110 --eval-freq 65 --log-freq 25 --checkpoint-freq 40"

@@ -103,7 +103,7 @@ def test_plans_and_experts_when_acting(script, chosen, noise, behavior, field):
         experts = [first_action(pessimistic, "elite_action" if chosen else "mean"), pessimistic.std, *experts]
     assert same([action, mean, stack_expert(expert)], [acting.action, acting.mean, torch.stack(experts, 1)])
 
-    names = ["elite_std", "value"]
+    names = ["plan_std", "value"]
     if dual:
         names.append("pessimistic_proposal_share")
     if script is not bmpc:
