@@ -39,6 +39,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import importlib
 import importlib.metadata
 import io
 import itertools
@@ -1479,11 +1480,19 @@ class ActionRepeat(gym.Wrapper):
         if not self.env.render_mode or self.rendering_failed:  # after a failure, a second call may crash the process
             return None
         try:
+            load_renderer()
             return self.env.render()
         except Exception as e:  # graphics drivers can raise anything; a run does not depend on its video
             print(f"warning: rendering failed: {describe(e)}", file=sys.stderr, flush=True)
             self.rendering_failed = True
             return None
+
+
+@functools.cache
+def load_renderer() -> None:
+    """Let dm_control load its renderer, in a worker: EGL that was initialized before a fork does not work after it."""
+    if "dm_control._render" in sys.modules:
+        importlib.reload(sys.modules["dm_control._render"])
 
 
 def render_options(env_id: str) -> dict[str, Any]:
@@ -1942,7 +1951,7 @@ def compile_functions(args: Args, device: torch.device) -> Functions:
             delete_incomplete_libraries()
             compile_fn(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as e:
-        print_line(f"warning: no working compiler, continuing in eager mode ({type(e).__name__})", sys.stderr)
+        print_line(f"warning: no working compiler, continuing in eager mode: {describe(e)}", sys.stderr)
         return Functions()
     torch._dynamo.config.recompile_limit = 64  # for plans of different shapes and arguments
     CompileTimer.install()
@@ -2788,17 +2797,16 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_known or any(message in str(error) for message in messages)
 
 
-def select_renderer() -> None:
-    """Let MuJoCo use the first renderer that works. Must be called before MuJoCo is imported."""
+def select_renderer() -> str:
+    """Return the name of the renderer that MUJOCO_GL gives, or of the first one that works."""
     if "MUJOCO_GL" in os.environ:
-        return
+        return os.environ["MUJOCO_GL"]
     code = "import mujoco; mujoco.GLContext(64, 64).make_current()"
     for name in (["glfw"] if "DISPLAY" in os.environ else []) + ["egl", "osmesa"]:
         environ = os.environ | {"MUJOCO_GL": name}
-        os.environ["MUJOCO_GL"] = name
         if subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True).returncode == 0:
-            return
-    os.environ["MUJOCO_GL"] = "disable"
+            return name
+    return "disable"
 
 
 def print_error(error: Exception | str) -> None:
@@ -2846,9 +2854,10 @@ def run_command(argv: list[str] | None) -> int:
     args = parse_args(argv)
     with contextlib.suppress(ImportError):  # Triton's LLVM crashes if Mesa's, which MuJoCo loads, is loaded first
         import triton._C.libtriton  # noqa: F401
-    if args.capture_video:
-        select_renderer()
+    renderer = select_renderer() if args.capture_video else "disable"
+    os.environ["MUJOCO_GL"] = "disable"  # dm_control would initialize EGL here, see load_renderer
     args, task = resolve_args(args)
+    os.environ["MUJOCO_GL"] = renderer
     stop_signals = catch_stop_signals()
     print_line(f"{args.env_id}, observation {task.obs_dim}, action {task.action_dim}: starting the simulators ...")
     if args.evaluate:

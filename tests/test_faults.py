@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import CPU, TASK, FakeEnvs, same, small_args, start
+from conftest import CPU, ROOT, TASK, FakeEnvs, same, small_args, start
 from runs import checkpoint, directory, finish, gone, lost, numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -597,7 +597,7 @@ def test_videos_of_gymnasium_are_rendered_as_arrays():
     assert bmpc.make_env(small_args(env_id="Pendulum-v1"), render=True).unwrapped.render_mode == "rgb_array"
 
 
-RENDERERS = [  # environment variables, renderers that work, MUJOCO_GL afterwards, renderers tried
+RENDERERS = [  # environment variables, renderers that work, the one selected, those tried
     ({"DISPLAY": ":99"}, ["egl", "osmesa"], "egl", ["glfw", "egl"]),
     ({"DISPLAY": ":0"}, ["glfw", "egl"], "glfw", ["glfw"]),
     ({}, ["osmesa"], "osmesa", ["egl", "osmesa"]),
@@ -616,5 +616,20 @@ def test_the_first_renderer_that_works_is_used(monkeypatch, variables, working, 
 
     monkeypatch.setattr(bmpc.os, "environ", dict(variables))
     monkeypatch.setattr(bmpc.subprocess, "run", run)
-    bmpc.select_renderer()
-    assert bmpc.os.environ["MUJOCO_GL"] == selected and names == tried
+    assert bmpc.select_renderer() == selected and names == tried
+
+
+SHOW_RENDERER = """
+import os, sys, bmpc
+bmpc.run_training = lambda *args: print(os.environ["MUJOCO_GL"], "OpenGL" in sys.modules)
+bmpc.main(["--task", "cartpole-swingup", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("flags, printed", [(["--capture-video"], "osmesa False"), ([], "disable False")])
+def test_the_main_process_loads_no_renderer(flags, printed):
+    """EGL that is initialized there does not work in the workers."""
+    command = [sys.executable, "-c", SHOW_RENDERER, *flags]
+    environ = os.environ | {"MUJOCO_GL": "osmesa", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert result.stdout.splitlines()[-1] == printed, result
