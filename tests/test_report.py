@@ -776,16 +776,26 @@ def test_results_readme_has_the_returns_of_the_authors_code():
         assert "{}, {}, {} and {} with ".format(*values) + algorithm in text
 
 
-def test_results_readme_has_the_newer_runs_of_the_small_baseline():
-    finals = {}
-    for run in [*exported("baseline"), *exported("tdmpc2")]:
-        if run.task == "cartpole-swingup" and run.done:
-            commit = "new" if run.versions["git_commit"].startswith("9a8cee5") else "old"
-            finals.setdefault((run.configuration, commit), []).append(comparison.final_return(run.curve()))
-    new, old = (np.array(finals["baseline", commit]) for commit in ("new", "old"))
-    one = comparison.welch(new, old)
-    text = f"have {report.spread(new)} with the planner: {one} compared with the table, p {one.p:.2g} (Welch)"
-    assert (len(new), len(old)) == (5, 3) and text in results_readme() and one.p > 0.05
+def test_results_readme_compares_the_newer_runs_of_the_small_baseline():
+    text, finals = results_readme(), {"baseline": {}, "tdmpc2": {}}
+    for folder, by_task in finals.items():
+        for run in of(exported(folder), "baseline"):
+            if run.steps == 12_500:
+                by_task.setdefault(run.task, {})[run.seed] = comparison.final_return(run.curve())
+    old, new = (
+        {task: np.array(list(by_task[task].values())) for task in sorted(by_task)} for by_task in finals.values()
+    )
+    assert old.keys() == new.keys() and {(len(old[task]), len(new[task])) for task in old} == {(3, 5)}
+    differences = {task: comparison.welch(new[task], old[task]) for task in old}
+    assert sum(one.estimate < 0 for one in differences.values()) == 4
+    one = min(differences.values(), key=lambda one: one.p)
+    assert one is differences["cartpole-swingup"] and f"{one.p:.2g}, with a difference of {one}." in text
+    sides = list(new.values()), list(old.values())
+    low, high = comparison.stratified_bootstrap(comparison.probability_of_improvement, *sides)
+    assert f"is {comparison.probability_of_improvement(*sides):.3f} [{low:.3f}, {high:.3f}] (not planned;" in text
+    spin = old["finger-spin"]
+    assert f"final return is {finals['tdmpc2']['finger-spin'][4]:.0f} there" in text
+    assert f"seeds 1 to 3 have {spin.min():.0f} to {spin.max():.0f}, it is 239" in text
 
 
 def test_results_readme_has_the_easy_tasks():
