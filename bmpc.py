@@ -754,10 +754,10 @@ def plan(
     # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
     gumbel = -torch.log(-torch.log(noise.elite))
     sampled = (weights.log() + gumbel).argmax(1)  # (S,)
-    rows = torch.arange(len(z), device=z.device)
-    elite_action = elites[rows, sampled, 0]  # (S, A)
+    state_index = torch.arange(len(z), device=z.device)
+    elite_action = elites[state_index, sampled, 0]  # (S, A)
     action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
-    value = elite_scores[rows, sampled]  # (S,)
+    value = elite_scores[state_index, sampled]  # (S,)
     return Plan(action, elite_action, elites[:, 0, 0], mean, std[:, 0], value)
 
 

@@ -804,10 +804,10 @@ def plan(
     # Sample an elite by its weight (Gumbel-max trick) and add exploration noise to its first action
     gumbel = -torch.log(-torch.log(noise.elite))
     sampled = (weights.log() + gumbel).argmax(1)  # (S,)
-    rows = torch.arange(len(z), device=z.device)
-    elite_action = elites[rows, sampled, 0]  # (S, A)
+    state_index = torch.arange(len(z), device=z.device)
+    elite_action = elites[state_index, sampled, 0]  # (S, A)
     action = (elite_action + std[:, 0] * noise.action).clamp(-1, 1)
-    value = elite_scores[rows, sampled]  # (S,)
+    value = elite_scores[state_index, sampled]  # (S,)
     bonus = std_coef * elite_return_stds  # (S, num_elites) [V3]; score - bonus: mean return over heads, if finite
     bonus_share = bonus.abs() / (bonus.abs() + (elite_scores - bonus).abs()).clamp(min=1e-8)  # [V3]
     diagnostics = torch.stack([elite_return_stds, bonus_share, is_from_policy], 2).mean(1)  # (S, 3) [V3]

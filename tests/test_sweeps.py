@@ -475,7 +475,7 @@ def test_a_finished_run_that_is_damaged_is_not_done(lab):
 
 def test_options_of_the_report(lab):
     (lab.project / "sweep_list" / "report.py").write_text(STUB_REPORT)
-    asked = lambda *arguments, **variables: lab.run("2a", *arguments, **variables).stdout.splitlines()[0]
+    asked = lambda *arguments: lab.run("2a", *arguments).stdout.splitlines()[0]
     assert asked("--report") == "arguments: --axis decisions" and asked("--status") == "arguments: --status"
     both = asked("--report", "--axis", "seconds", "--export", "kept here")
     assert both == "arguments: --export kept here --axis seconds"
